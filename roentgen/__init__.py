@@ -4,12 +4,12 @@
     (out,) = model.generate("12 * 7 =", max_tokens=32, capture=dict(layers="all", hook_points=["resid_post"]))
     out["layers.12.resid_post"]                      # [len(out.tokens), d_model]
 
-What is listed in `__all__` is the Python library (docs/api.md). Its names are loaded when they are first used, so that
-importing the package costs nothing and brings neither torch nor Ray.
+`__all__` lists the Python library (docs/api.md). Its names are loaded on first use, so that importing the package is cheap and
+imports neither torch nor Ray.
 
-To change the package, read `contract` first: it defines the names that every part shares (hook points, positions, keys).
+To change the package, read `contract` first; it defines the names that all parts share (hook points, positions, keys).
 `store`, `runs`, `transcripts` and `linear_probe` read and write files. `serving` starts and checks a server, `cloud` manages
-clusters, and `workflows` holds the commands that join several parts. `api` is what a script calls, `cli` is the `roentgen`
+clusters, and `workflows` contains commands that combine several parts. `api` is the Python library, `cli` the `roentgen`
 command. The server itself is `serve_app`, the evaluation `eval_jobs`, and the training of probes `probes`.
 """
 
@@ -64,7 +64,7 @@ __all__ = [
     "show",
 ]
 
-_HOMES = {
+_MODULES = {
     "Model": "roentgen.api.model",
     "Output": "eval_jobs.verdicts",
     "Problem": "eval_jobs.records",
@@ -92,12 +92,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used."""
+    """Load a public name on first use."""
     if name == "probes":
         return import_module("roentgen.probes")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
-"""Says to a script what its own arguments are called.
+"""Replaces option names in error messages by the arguments of the Python functions.
 
-What checks an evaluation, a server or a run is shared with the commands, and names their options: `--max-tokens`. A script has
-given `max_tokens`. Commands that a message shows in back-ticks are left as they are.
+The checks of an evaluation, a server or a run are shared with the commands, and name options: `--max-tokens`. A script's
+argument is `max_tokens`. Commands in back-ticks are not changed.
 """
 
 import re
@@ -14,20 +14,20 @@ _OPTION = re.compile(r"(`[^`]*`|'roentgen [^']*')|(?<![\w-])--(?:no-)?([a-z][a-z
 
 
 def in_python(message: str, **called: str) -> str:
-    """Return a message with options spelled as arguments; `called` names those that are called otherwise than the option."""
+    """Return a message with options replaced by arguments; `called` maps options to arguments with other names."""
 
-    def spelled(found: re.Match[str]) -> str:
+    def as_argument(found: re.Match[str]) -> str:
         if found[1]:
             return found[1]
         name = found[2].replace("-", "_")
         return called.get(name, name)
 
-    return _OPTION.sub(spelled, message)
+    return _OPTION.sub(as_argument, message)
 
 
 @contextmanager
 def naming_arguments(**called: str) -> Iterator[None]:
-    """Spell the errors of this package that leave a block, or a decorated function, as a script does (see `in_python`)."""
+    """Apply `in_python` to errors of this package that a block, or a decorated function, raises."""
     try:
         yield
     except RoentgenError as error:

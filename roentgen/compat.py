@@ -1,7 +1,7 @@
-"""The private or undocumented parts of nnsight and Ray that this project relies on.
+"""Lists and checks the private or undocumented parts of nnsight and Ray that this project uses.
 
-A new version of either may lack one. A server checks them when it starts, so that it does not fail in a request. Add a part
-here when code begins to rely on it.
+A new version may lack one of them. A server checks them when it starts, so that it does not fail during a request. Add each
+such part here when code starts to use it.
 """
 
 import importlib
@@ -28,17 +28,17 @@ PARTS: dict[str, dict[str, str]] = {
         "ray.serve._private.constants:RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "names the proxies' middleware",
     },
 }
-"""Of each library, `MODULE:NAME.NAME(PARAMETER, …)`, and what it does here."""
+"""By library: `MODULE:NAME.NAME(PARAMETER, …)`, and its purpose."""
 
 
 def check(library: str) -> None:
-    """Assert that the installed version of a library has what is relied on.
+    """Check that the installed version of a library has all parts in `PARTS`.
 
     Raises:
-        ImportError: naming what it lacks, and what that is for.
+        ImportError: if it lacks some; the message names them and their purpose.
     """
     if lacking := [f"{part}, which {use}" for part, use in PARTS[library].items() if not _is_there(part)]:
-        raise ImportError(f"{library} {version(library)} cannot be used here: it lacks {'; '.join(lacking)}")
+        raise ImportError(f"{library} {version(library)} is not supported: it lacks {'; '.join(lacking)}")
 
 
 def _is_there(part: str) -> bool:

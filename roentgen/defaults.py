@@ -12,19 +12,19 @@ PORT = 8000
 CLUSTER_NAME = "roentgen"
 
 CLUSTER_PORT = 8001
-"""Port of a server that `roentgen up` launches, also at this end of the tunnel, where 8000 may be a local server's."""
+"""Port of a server that `roentgen up` launches, also on this side of the tunnel, where a local server may use 8000."""
 
 DASHBOARD_PORT = 8265
-"""Port of Ray's dashboard, which takes jobs and Serve's configuration."""
+"""Port of Ray's dashboard, which accepts jobs and Serve's configuration."""
 
 EMBEDDED_MODEL = "smollm2-135m"
-"""The model that comes as a package and needs no model hub."""
+"""The model that is installed as a package and needs no model hub."""
 
 CLUSTER_MODEL = "Qwen/Qwen3-0.6B"
-"""The model that a cluster serves."""
+"""The model that a cluster serves by default."""
 
 STORE = "activations"
-"""Folder of the activation store."""
+"""Default folder of the activation store."""
 
 
 RESULTS = "results"
@@ -32,5 +32,5 @@ RESULTS = "results"
 
 
 def base_url(port: int = PORT, host: str = HOST) -> str:
-    """Return the address that OpenAI clients of a server need."""
+    """Return a server's base URL for OpenAI clients."""
     return f"http://{host}:{port}/v1"

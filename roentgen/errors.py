@@ -1,11 +1,11 @@
-"""What can go wrong and is nobody's bug: the base of every error whose message is written for the person who asked."""
+"""`RoentgenError`, the base class of expected errors, whose messages are written for users."""
 
 
 class RoentgenError(Exception):
-    """An expected failure: one clear line that says what was asked, why it cannot be, and what is allowed.
+    """An expected failure, with one line that says what was requested, why it is not possible, and what is allowed.
 
     Attributes:
-        for_console: the line with a command's options, where the error's own text has a script's arguments in their place.
+        for_console: the message with a command's options, if the error's own text has a script's arguments instead.
     """
 
     for_console: str | None = None

@@ -1,4 +1,4 @@
-"""Plain HTTP to a server. Requests of an evaluation go through OpenAI's SDK instead, which is built on httpx2 too."""
+"""A plain HTTP client for servers. An evaluation's requests use OpenAI's SDK instead, which is also built on httpx2."""
 
 from httpx2 import URL, Client, HTTPError, HTTPStatusError, InvalidURL
 
@@ -6,15 +6,15 @@ LAST_PORT = 65_535
 
 
 def connect(base_url: str, key: str, timeout_s: float) -> Client:
-    """Return a client that sends a key as UTF-8; close it after use."""
+    """Return a client that sends an API key as UTF-8; close it after use."""
     return Client(base_url=base_url, headers={b"Authorization": f"Bearer {key}".encode()}, timeout=timeout_s)
 
 
 def server_root(address: str) -> str:
-    """Return http://HOST:PORT of a server's address as people write it: with or without http://, a slash at the end, /v1.
+    """Return http://HOST:PORT for a server's address, which may lack http:// or end in a slash or /v1.
 
     Raises:
-        ValueError: if it is no address.
+        ValueError: if it is not an address.
     """
     try:
         url = URL(address if "://" in address else f"http://{address}")
@@ -23,16 +23,16 @@ def server_root(address: str) -> str:
         valid = False
     if not valid:
         raise ValueError(
-            f"{address!r} is not the address of a server; allowed are HOST:PORT, http://HOST:PORT and https://HOST, and ports "
+            f"{address!r} is not the address of a server; allowed are HOST:PORT, http://HOST:PORT and https://HOST, with ports "
             f"from 1 to {LAST_PORT}"
         )
     return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def explain(error: HTTPError) -> str:
-    """Say how a request failed: what the server answered, or why no answer came."""
+    """Describe a failed request: the server's answer, or why there is none."""
     if isinstance(error, HTTPStatusError):
         if error.response.status_code == 401:
-            return "answers 401: the API key is missing or wrong; set ROENTGEN_API_KEY to the server's"
+            return "answers 401: the API key is missing or wrong; set ROENTGEN_API_KEY to the server's key"
         return f"answers {error.response.status_code}: {error.response.text[:1000]}"
     return f"fails: {str(error) or type(error).__name__}"

@@ -1,8 +1,8 @@
-"""What people call models: a model has an id, which requests name, and a root, from which it can be loaded anywhere.
+"""Canonical names of models. A model has an id, which requests use, and a root, from which it can be loaded.
 
-The root of a folder is its absolute path, that of a hub's model its id there, and that of the embedded model its name. People
-write one folder in many ways (`models/tiny`, `./models/tiny/`, `~/models/tiny`), and all of them mean the same model. The
-folder of the cache that the embedded model is converted to means the embedded model.
+The root of a folder is its absolute path, of a hub model its hub id, and of the embedded model its name. A folder can be
+written in several ways (`models/tiny`, `./models/tiny/`, `~/models/tiny`), which all mean the same model. The cache folder to
+which the embedded model is converted means the embedded model.
 """
 
 import os
@@ -14,18 +14,18 @@ from roentgen.defaults import EMBEDDED_MODEL
 
 
 def cache_folder() -> Path:
-    """Return the cache: `$ROENTGEN_CACHE`, by default `~/.cache/roentgen`."""
+    """Return the cache folder: `$ROENTGEN_CACHE`, by default `~/.cache/roentgen`."""
     return Path(os.environ.get("ROENTGEN_CACHE") or "~/.cache/roentgen").expanduser()
 
 
 def embedded_folder() -> Path:
-    """Return where the embedded model is kept once it is converted."""
+    """Return the folder of the converted embedded model."""
     return cache_folder() / "models" / EMBEDDED_MODEL
 
 
 def canonical_name(name: str) -> str:
-    """Return a model's name in the one spelling that it has from anywhere: a folder that is here as its absolute path."""
-    if name == EMBEDDED_MODEL or not name or "\0" in name:  # no file system has that
+    """Return the canonical name of a model; for an existing folder, its absolute path."""
+    if name == EMBEDDED_MODEL or not name or "\0" in name:  # not a valid path
         return name
     folder = os.path.expanduser(name)
     if os.path.isdir(folder) or name.startswith((".", "/", "~")):
@@ -35,14 +35,14 @@ def canonical_name(name: str) -> str:
 
 
 def is_named(asked: str, names: Iterable[str]) -> bool:
-    """Return whether a name, however it is spelled, is one of a model's."""
+    """Return whether a name, in any form, is one of a model's names."""
     known = set(names)
     return asked in known or canonical_name(asked) in {canonical_name(name) for name in known}
 
 
 def suggest(asked: str, known: Iterable[str]) -> str:
-    """Return a question that names what was probably meant, `; did you mean 'smollm2-135m'?`; "" if nothing is like it."""
-    # Names are compared as people remember them: without case, and also without their owner.
+    """Return a suggestion of similar names, such as `; did you mean 'smollm2-135m'?`; "" if there is none."""
+    # Compare names without case, and also without their owner.
     spelled: dict[str, str] = {}
     for name in known:
         spelled.setdefault(name.lower(), name)

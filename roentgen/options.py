@@ -1,16 +1,16 @@
-"""Command-line options made from a pydantic model, so that an option is declared once: as a field with a description.
+"""Creates command-line options from a pydantic model, so that an option is declared once, as a field with a description.
 
     @options_of(ServerConfig)
     def serve(port: Annotated[int, typer.Option(help="0 chooses a free one.")] = PORT, **options: Any) -> None:
         config = read_options(ServerConfig, options)
 
-`options_of` puts the model's fields before the command's own options, in place of `**options`. A field is an option of its
-name, type, default and description; a field without a default is an argument. Typer reads numbers, booleans and paths.
-Everything else arrives as text, which the model's validators read: YAML, Python and the command line have one parser and one
-error text.
+`options_of` replaces `**options` by the model's fields, before the command's own options. A field becomes an option with its
+name, type, default and description; a field without a default becomes an argument. Typer parses numbers, booleans and paths.
+All other values are passed as text to the model's validators, so that YAML, Python and the command line share one parser and
+its error messages.
 
-A field's `json_schema_extra` may have `flags` (other spellings of the option) and `repeated` (an item for every time the option
-is given, instead of one text).
+A field's `json_schema_extra` may contain `flags` (other names of the option) and `repeated` (the option may be given several
+times, once per item).
 """
 
 import inspect
@@ -31,7 +31,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class OptionError(RoentgenError, ValueError):
-    """Options that are not allowed; the message has a line for each."""
+    """Options with values that are not allowed; the message has one line per option."""
 
 
 def options_of(
@@ -40,10 +40,10 @@ def options_of(
     """Return a decorator that gives a command the model's fields as options, in place of its `**options`.
 
     Args:
-        model: whose fields are options.
-        leave_out: fields that are none.
-        panel: the help's panel to show them in.
-        defaults: of fields whose default is another one for this command.
+        model: the model.
+        leave_out: fields without an option.
+        panel: the panel of the help text.
+        defaults: other defaults for this command, by field.
     """
 
     def decorate(command: Command) -> Command:
@@ -65,15 +65,15 @@ def options_of(
 
 
 def read_options(model: type[Model], values: Mapping[str, Any], error: type[Exception] = OptionError) -> Model:
-    """Return the model that the options make.
+    """Create the model from parsed options.
 
     Args:
-        model: what to make.
+        model: the model.
         values: the options by field name.
-        error: what to raise.
+        error: type of the error to raise.
 
     Raises:
-        OptionError: if a value is not allowed, naming its option; or `error`.
+        OptionError: or `error`, if a value is not allowed; the message names the option.
     """
     try:
         return model.model_validate(values)
@@ -96,7 +96,7 @@ def _parameter(name: str, field: FieldInfo, default: Any, panel: str | None) -> 
 
 
 def _read_as(field: FieldInfo) -> tuple[Any, str | None]:
-    """Return the type that Typer reads a field as, and what the help shows in its place."""
+    """Return a field's type for Typer, and its placeholder in the help text."""
     if _facts(field).get("repeated"):
         return list[str], None
     annotation = field.annotation
@@ -114,19 +114,19 @@ def _facts(field: FieldInfo) -> dict[str, Any]:
 
 
 def _flags(name: str, field: FieldInfo) -> list[str]:
-    """Return an option's spellings; one that is on by default can be turned off."""
+    """Return an option's flags; a flag that is on by default gets one to turn it off."""
     flag = name.replace("_", "-")
     return _facts(field).get("flags", [f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"])
 
 
 def _line(model: type[BaseModel], location: tuple[int | str, ...], message: str, value: Any) -> str:
-    """Return one of pydantic's errors as a line; those of our own validators name the value already."""
+    """Format one of pydantic's errors as a line; errors of our own validators already contain the value."""
     text = message.removeprefix("Value error, ")
     field = model.model_fields.get(str(location[0])) if location else None
     if field is None and location and message == "Extra inputs are not permitted":
         close = get_close_matches(str(location[0]), model.model_fields, 1)
         hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(model.model_fields)}"
-        return f"{location[0]}: there is no such option; {hint}"
+        return f"{location[0]}: unknown option; {hint}"
     if field is None:
         return text
     given = "" if text != message else f" (given: {value!r})"

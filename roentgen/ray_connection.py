@@ -1,11 +1,10 @@
-"""Connects this process to Ray: to one that it starts here, or to a cluster at an address that someone names.
+"""Connects this process to Ray: to a cluster that it starts here, or to one at a given address.
 
-Never `address="auto"`: beside SkyPilot's own Ray it finds the wrong one. Whoever reaches Ray's ports can run code, and on Linux
-Ray listens on every interface: a Ray started here is locked with a token, as Ray does by itself since 2.60 for a cluster that
-`ray.init` starts (it keeps the token in `~/.ray/auth_token`; `RAY_AUTH_MODE=disabled` turns that off).
+`address="auto"` is never used, because it may find SkyPilot's own Ray. Anyone who can reach Ray's ports can run code, and on
+Linux Ray listens on every interface. So a Ray started here requires a token. Since 2.60 Ray does this by default for clusters
+that `ray.init` starts (the token is in `~/.ray/auth_token`; `RAY_AUTH_MODE=disabled` turns it off).
 
-Ray has one connection per process. What runs at the same time, in threads or one inside the other, shares it: the last that
-leaves ends it.
+Ray has one connection per process. Concurrent and nested contexts share it, and the last one to exit closes it.
 """
 
 import logging
@@ -22,18 +21,18 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class ClusterError(RoentgenError):
-    """Ray does not start here, or cannot be reached at the address given."""
+    """Ray does not start here, or cannot be reached at the given address."""
 
 
 def check_address(address: str) -> str:
-    """Return an address of Ray as a person writes it, if it is one.
+    """Check an address of Ray, and return it.
 
     Raises:
         ValueError: if it is neither `local` nor HOST:PORT.
     """
     if address == "auto":
         raise ValueError(
-            "'auto' takes whatever Ray it finds, which beside SkyPilot's own is often the wrong one; "
+            "'auto' uses any Ray that it finds, which on a SkyPilot cluster is often the wrong one; "
             "allowed are local and HOST:PORT"
         )
     host, _, port = address.rpartition(":")
@@ -43,7 +42,7 @@ def check_address(address: str) -> str:
 
 
 class _Connection:
-    """This process's connection to Ray, and how many use it."""
+    """This process's connection to Ray, with its number of users."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -51,7 +50,7 @@ class _Connection:
 
     @contextmanager
     def used(self, connect: Callable[[], None]) -> Iterator[None]:
-        """Connect for the first user, and disconnect after the last; a connection that others made is used and left."""
+        """Connect for the first user, and disconnect after the last; an existing connection is used and kept."""
         import ray
 
         with self._lock:
@@ -59,7 +58,7 @@ class _Connection:
             if own and not ray.is_initialized():
                 try:
                     connect()
-                except BaseException:  # what Ray has started until then would stay as long as this process
+                except BaseException:  # otherwise, what Ray has started would run as long as this process
                     ray.shutdown()
                     raise
             self._users += own
@@ -79,12 +78,13 @@ _CONNECTION = _Connection()
 def connected(
     address: str | None, *, verbose: bool = False, starting: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """Connect to Ray, unless this process is connected already; the last to leave undoes what was done here.
+    """Connect to Ray within a context, unless this process is already connected; the last context to exit disconnects.
 
     Args:
-        address: `local` starts one here, `HOST:PORT` joins a cluster; None means the one Ray names inside a job, or local.
-        verbose: show what tasks and Ray's own processes log.
-        starting: told what is done, if this process is not connected yet.
+        address: `local` starts Ray here, `HOST:PORT` joins a cluster; None means `RAY_ADDRESS`, which Ray sets in a job, or
+            local.
+        verbose: show the logs of tasks and of Ray's processes.
+        starting: called with the stage, if this process is not connected yet.
 
     Raises:
         ClusterError: if no cluster answers, or Ray does not start here.
@@ -104,20 +104,20 @@ def _connect(where: str, verbose: bool, starting: Callable[[str], None]) -> None
         ray.init(
             address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
         )
-    except Exception as error:  # a node that does not come up in time is a bare Exception of Ray's
+    except Exception as error:  # Ray raises a bare Exception if a node does not start in time
         if where == LOCAL:
             raise ClusterError(
-                f"Ray did not start on this machine ({' '.join(str(error).split())}); it waits half a minute, which a busy "
-                "machine may not keep: try again, or see Ray's logs in /tmp/ray/session_latest/logs"
+                f"Ray did not start on this machine ({' '.join(str(error).split())}); its time limit is half a minute, which a "
+                "busy machine may exceed: try again, or see Ray's logs in /tmp/ray/session_latest/logs"
             ) from error
         raise ClusterError(
             f"--ray-address: cannot join the Ray cluster at {where} ({error}); "
-            "if it is locked with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            "if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
 
 
 def _check_reachable(address: str) -> None:
-    """Knock at the cluster's door; Ray itself would keep trying for many minutes."""
+    """Check that the port accepts connections; Ray itself would retry for many minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()

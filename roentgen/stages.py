@@ -1,8 +1,7 @@
-"""Says what a command is doing, and shows that time goes on while it is.
+"""Shows the current stage of a command and its duration.
 
-Each stage is a line with the seconds since the start. While one lasts, a terminal shows a clock under it; where there is no
-terminal (a job's log, CI), a line every `EVERY_S` seconds says that it is still going on. Nobody should have to wonder whether
-a silent command is dead.
+Each stage is printed as a line with the seconds since the start. During a stage, a terminal shows a clock below it. Without a
+terminal (in a job's log, in CI), a line is printed every `EVERY_S` seconds, so that a silent command does not look dead.
 """
 
 import threading
@@ -15,21 +14,21 @@ from rich.live import Live
 from rich.text import Text
 
 EVERY_S = 12.0
-"""Seconds between two lines of one stage, where there is no terminal."""
+"""Seconds between two lines of one stage without a terminal."""
 
 UNHURRIED_S = 1.0
-"""How long a stage lasts before its clock is shown."""
+"""Seconds before a stage's clock is shown."""
 
 
 class Stages:
-    """Call it with each stage; use it as a context, so that the clock ends with the command."""
+    """Displays stages: call it with each stage, within a "with" block that ends the clock."""
 
     def __init__(self, console: Console, every_s: float = EVERY_S) -> None:
-        """Begin to count.
+        """Start the clock.
 
         Args:
-            console: where to.
-            every_s: seconds between two lines of one stage, where there is no terminal.
+            console: the console to print to.
+            every_s: seconds between two lines of one stage without a terminal.
         """
         self._console = console
         self._every_s = every_s
@@ -37,7 +36,7 @@ class Stages:
         self._text = ""
         self._live: Live | None = None
         self._over = threading.Event()
-        self._talking: threading.Thread | None = None
+        self._repeater: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -48,28 +47,28 @@ class Stages:
         self.rest()
 
     def __call__(self, text: str) -> None:
-        """Say what is done from now on."""
+        """Start a stage."""
         self.rest()
         self._text, self._since = text, time.monotonic()
         self._print(text)
         if self._console.is_terminal:
-            # Not for good: the stage's own line stays, the clock under it goes.
+            # The clock is transient; the stage's own line stays.
             self._live = Live(console=self._console, get_renderable=self._clock, transient=True, refresh_per_second=4)
             self._live.start()
         else:
             self._over = threading.Event()
-            self._talking = threading.Thread(target=self._talk, args=(text, self._over), name="stages", daemon=True)
-            self._talking.start()
+            self._repeater = threading.Thread(target=self._repeat, args=(text, self._over), name="stages", daemon=True)
+            self._repeater.start()
 
     def rest(self) -> None:
-        """Say nothing until the next stage: something else is shown, or nothing is waited for."""
+        """Stop the clock until the next stage, to show something else."""
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._talking is not None:
+        if self._repeater is not None:
             self._over.set()
-            self._talking.join()
-            self._talking = None
+            self._repeater.join()
+            self._repeater = None
 
     def _print(self, text: str) -> None:
         seconds = Text(f"{time.monotonic() - self._start:6.1f} s ", style="dim")
@@ -79,6 +78,6 @@ class Stages:
         lasts = time.monotonic() - self._since
         return Text(f"         … {lasts:.0f} s" if lasts >= UNHURRIED_S else "", style="dim")
 
-    def _talk(self, text: str, over: threading.Event) -> None:
+    def _repeat(self, text: str, over: threading.Event) -> None:
         while not over.wait(self._every_s):
             self._print(f"still {text}")

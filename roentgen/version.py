@@ -1,3 +1,3 @@
-"""The version, for whoever has to say which one made a file or answers a request."""
+"""The package's version, which files and replies record."""
 
 __version__ = "0.1.0"

@@ -1,12 +1,12 @@
 """The Serve application: an ingress in front of model replicas. `serve run serve_app.app:build model=smollm2-135m`.
 
-The engine has the queue that counts: it is bounded and knows what fits. Serve lets through what the engine can hold and some
-more, so that the engine itself refuses what is too much and questions are answered while it is full; behind that, Serve's own
-bounded queue only ever fills if replicas do not answer at all. It is as long again, because Serve counts requests that arrive
-together as queued, even if they will not have to wait.
+The engine's own queue is bounded and decides which requests are refused. Serve's limit of ongoing requests per replica
+(`most_per_replica`) is higher than what the engine accepts, so that a full engine still answers status requests and refuses
+the rest itself. Serve's own queue fills only if replicas do not answer at all. It has the same length again, because Serve
+counts requests that arrive together as queued even if they need not wait.
 
-The application is deployed again to load another model. Serve would take that for new code and restart everything, so both
-deployments carry a version that is made once and stays; what differs then is the model's `user_config` only.
+To load another model, the application is deployed again. Serve would treat that as new code and restart every replica, so
+both deployments keep a fixed version, and only the model's `user_config` changes.
 """
 
 import logging
@@ -24,20 +24,20 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.http.run_registry import TurnCounter
 from serve_app.logs import write_json_logs
-from serve_app.replica.model_replica import ASKED, ModelReplica
+from serve_app.replica.model_replica import LOAD_ID, ModelReplica
 from serve_app.replica.routing import PERIOD_S, ReadyReplicas
 
 log = logging.getLogger(__name__)
 
-# The server writes a line for every request itself (`middleware`), with what Serve does not know.
+# The server logs every request itself (`middleware`), with fields that Serve does not know.
 QUIET = {"enable_access_log": False}
 
 BESIDE = 64
-"""Requests for a replica beside those that the engine holds: refused ones, questions of how it is, texts to tokenize."""
+"""Requests that a replica accepts in addition to those the engine holds: status, tokenization, and refused requests."""
 
 
 class _Logged:
-    """What runs in an actor of its own, whose logs are for machines."""
+    """Makes an actor's process write JSON logs."""
 
     def __init__(self, *args: Any) -> None:
         write_json_logs()
@@ -45,11 +45,11 @@ class _Logged:
 
 
 class _LoggedIngress(_Logged, Ingress):
-    """The ingress, in an actor."""
+    """The ingress as an actor."""
 
 
 class _LoggedReplica(_Logged, ModelReplica):
-    """A replica, in an actor."""
+    """A replica as an actor."""
 
 
 def build(config: ServerConfig) -> Application:
@@ -59,7 +59,7 @@ def build(config: ServerConfig) -> Application:
     return _application(config, version, config.choice, version)
 
 
-def _application(config: ServerConfig, version: str, choice: ModelChoice, asked: str) -> Application:
+def _application(config: ServerConfig, version: str, choice: ModelChoice, load_id: str) -> Application:
     most = most_per_replica(config)
     ingress = serve.deployment(
         serve.ingress()(_LoggedIngress),
@@ -81,9 +81,9 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice, asked:
             request_router_class=ReadyReplicas, request_routing_stats_period_s=PERIOD_S
         ),
         graceful_shutdown_timeout_s=10,
-        health_check_period_s=3,  # a replica whose engine has given up fails three checks before Serve restarts it
-        # Serve tells replicas what has changed only: the same choice again, of a folder that has changed, is another.
-        user_config={**choice.model_dump(mode="json"), ASKED: asked},
+        health_check_period_s=3,  # Serve restarts a replica after three failed checks
+        # Serve reconfigures replicas only if this changes; a new id makes it reload the same choice from a changed folder.
+        user_config={**choice.model_dump(mode="json"), LOAD_ID: load_id},
         logging_config=QUIET,
     )
     replicas = _pinned(model, version).bind(config)
@@ -98,12 +98,12 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice, asked:
 
 
 def most_per_replica(config: ServerConfig) -> int:
-    """Return how many requests Serve passes on to a replica at a time."""
+    """Return how many ongoing requests Serve allows per replica."""
     return config.max_batch + config.max_queue + BESIDE
 
 
 def _scale(config: ServerConfig) -> dict[str, Any]:
-    """Return how many replicas of the model there are: so many, or as many as it takes for each to have one full batch."""
+    """Return the options for the number of replicas: fixed, or scaled so that each has one full batch."""
     if config.max_replicas <= config.num_replicas:
         return {"num_replicas": config.num_replicas}
     return {
@@ -116,17 +116,17 @@ def _scale(config: ServerConfig) -> dict[str, Any]:
 
 
 def _place(config: ServerConfig) -> dict[str, Any]:
-    """Return what a replica reserves, and where.
+    """Return the resources that a replica reserves, and their placement.
 
-    A model that is split over several GPUs needs them on one node: its replica and vLLM's processes, which see what it sees,
-    share one bundle of a placement group. Serve counts no replicas per node then; the GPUs do.
+    A model that is split over several GPUs needs them on one node, so the replica and its vLLM worker processes share one
+    bundle of a placement group. `max_replicas_per_node` is not set then: the number of GPUs limits the replicas.
     """
     gpus = config.tensor_parallel_size
     if gpus > 1 and config.device != "cpu":
         here = [node["Resources"].get("GPU", 0) for node in ray.nodes()] if ray.is_initialized() else []
         if here and (most := max(here)) < gpus:
             log.warning(
-                "tensor_parallel_size: a replica waits for a node with %d GPUs; here none has over %d", gpus, most
+                "tensor_parallel_size: a replica waits for a node with %d GPUs; no node has more than %d", gpus, most
             )
         return {
             "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
@@ -140,17 +140,17 @@ def _place(config: ServerConfig) -> dict[str, Any]:
 
 
 def _pinned(deployment: Deployment, version: str) -> Deployment:
-    # Since Ray 2.60 only Serve itself gives versions; every imperative deployment gets a random one otherwise.
+    # Since Ray 2.60, `version` is an internal option; without it every imperative deployment gets a random version.
     return deployment.options(version=version, _internal=True)
 
 
 def _redeploy(config: ServerConfig, version: str, choice: ModelChoice) -> None:
-    """Deploy the application that this replica is part of again, with another choice of model."""
+    """Deploy this replica's application again, with another choice of model."""
     serve.run(_application(config, version, choice, str(ULID())), name=serve.get_replica_context().app_name)
 
 
 def _gpus(config: ServerConfig) -> float:
-    """Return the GPUs a replica reserves: as configured, else one if it may use one and the cluster has one."""
+    """Return the number of GPUs that a replica reserves: the configured one, else one if the cluster has GPUs."""
     if config.num_gpus or config.device == "cpu":
         return config.num_gpus
     return 1 if ray.is_initialized() and ray.cluster_resources().get("GPU") else 0

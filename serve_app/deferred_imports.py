@@ -1,8 +1,8 @@
-"""Lets transformers load without scikit-learn and SciPy, whose imports take a third of the time of its own.
+"""Makes transformers import scikit-learn and SciPy lazily; their imports take a third of transformers' own import time.
 
-It imports them at the top of modules that every model brings in, for one function each, which nothing here calls: assisted
-generation and losses of object detection. `defer` has these functions imported when they are called. Everybody else's imports
-are as they were.
+Modules that every model imports need one function of each: for assisted generation and for object detection losses. This
+project calls neither. `defer` makes transformers import these functions when they are called. Imports by other packages do not
+change.
 """
 
 import sys
@@ -17,17 +17,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Deferred:
-    """A function that a module of transformers imports from a large library, if that is installed."""
+    """A function that a module of transformers imports from a large library, if the library is installed."""
 
     question: str
-    """What transformers asks to know whether it is."""
+    """The function of transformers that returns whether the library is installed."""
     library: str
-    """The module that has the function."""
+    """The module that contains the function."""
     function: str
-    """The function."""
+    """The function's name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Import it, and call it."""
+        """Import the function and call it."""
         return getattr(import_module(self.library), self.function)(*args, **kwargs)
 
 
@@ -42,13 +42,13 @@ def _deferred_in(module: str) -> Deferred | None:
 
 
 def defer() -> None:
-    """Defer the imports; without effect on a module that has been imported already."""
+    """Defer the imports. Modules that are imported already are not affected."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
-    """Finds those modules of transformers, and none else."""
+    """Finds the modules of transformers whose imports are deferred."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -62,7 +62,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Deferring(Loader):
-    """Runs a module as if the library were not installed, and gives it the function afterwards."""
+    """Runs a module as if the library were not installed, then adds the deferred function to it."""
 
     def __init__(self, loader: Loader, deferred: Deferred) -> None:
         self._loader = loader

@@ -1,7 +1,7 @@
-"""Why a request cannot be carried out, or a model not be served: the base of every error that a client may see.
+"""`RequestError`, the base class of every error that a client may see: a request or a model load that cannot be carried out.
 
-Whatever layer finds the reason raises a subclass, which says what it means to a client: a status, a code, a parameter.
-`openai_api.errors` writes them all in OpenAI's envelope. An error that no client sees is a plain exception.
+Each layer raises its own subclass with an HTTP status, an error code and a parameter. `openai_api.errors` formats all of them
+in OpenAI's envelope. Errors that no client sees are plain exceptions.
 """
 
 import copyreg
@@ -10,18 +10,18 @@ from typing import Any
 from roentgen.errors import RoentgenError
 
 RETRY_AFTER_S = 2
-"""When to try again what the server cannot do just now."""
+"""Seconds after which a client may retry a request that the server cannot serve now."""
 
 
 class RequestError(RoentgenError):
-    """An error of a client, or one that a client has to be told.
+    """An error that is reported to the client.
 
     Attributes:
         status: the HTTP status.
-        code: a word for programs, such as "context_length_exceeded".
-        param: the request's parameter at fault.
-        prefix: what a client is told before the text, which has to make sense on a console too.
-        retry_after_s: for 429 and 503, when to try again.
+        code: a machine-readable code, such as "context_length_exceeded".
+        param: the request parameter that caused the error.
+        prefix: text that a client's message begins with; a console shows the message without it.
+        retry_after_s: for 429 and 503, seconds after which to retry.
     """
 
     status: int = 400
@@ -32,14 +32,14 @@ class RequestError(RoentgenError):
 
     @property
     def message(self) -> str:
-        """One sentence for a client: what was asked, why it cannot be, what is allowed."""
-        # Errors of others quote what they were given, which need not be text, and a reply has to be.
+        """The message for a client: what was requested, why it is not possible, and what is allowed."""
+        # Messages of other libraries may quote invalid text, which cannot be encoded in a reply.
         return f"{self.prefix}{self}".encode("utf-8", "backslashreplace").decode()
 
     def payload(self) -> dict[str, Any]:
-        """Return the error as data, to cross a Serve handle."""
+        """Return the error as a dict, which can cross a Serve handle."""
         return {name: getattr(self, name) for name in ("status", "message", "param", "code", "retry_after_s")}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # It crosses processes. Python would call the class with its text, which is not what every one is made of.
+        # For pickling. By default Python calls the class with the message, but some subclasses take other arguments.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""Serves one replica from this process, without Ray Serve: a model that a script has loaded, or all that one CPU needs.
+"""Serves one replica from this process, without Ray Serve: for a model that a script has loaded, or for one CPU.
 
-The routes are the very ones of a server (`http.ingress`), and so is the replica behind them. Only what Ray Serve does between
-the two is done here: calls (`_Replica` stands where Serve's handle stands), the HTTP server (uvicorn, on a thread), the
-cancelling of what a client that has left had asked for, and the watch over an engine that dies. A loaded model is served as it
-is: also one whose weights were changed after they were loaded, and there is no second copy of them.
+The routes (`http.ingress`) and the replica are the same as with Ray Serve. This module replaces what Ray Serve does between
+them: method calls (`_Replica` replaces Serve's handle), the HTTP server (uvicorn, on a thread), cancellation when a client
+disconnects, and restarting after the engine has died. A loaded model is served as it is, including weights that were changed
+after loading, without a second copy of them.
 """
 
 import asyncio
@@ -36,25 +36,25 @@ log = logging.getLogger(__name__)
 POLL_S = 0.01
 
 WATCH_S = 3.0
-"""Seconds between two looks at the engine, as many as Serve waits between its own (`app`)."""
+"""Seconds between two health checks of the engine, the same as Serve's (`app`)."""
 
 KEEP_ALIVE_S = 90
-"""How long a connection without requests stays open, as with Serve's proxy: longer than clients keep theirs."""
+"""Seconds that an idle connection stays open, the same as Serve's proxy: longer than clients keep theirs."""
 
 
 @contextmanager
 def serving_loaded(model: ServedModel, engine: Engine, config: ServerConfig, *, host: str, port: int) -> Iterator[str]:
-    """Serve a loaded model for as long as the context lasts; yields the base URL. The engine stays its owner's.
+    """Serve a loaded model within a context; yields the base URL. The caller closes the engine.
 
     Args:
         model: the model.
         engine: runs it.
-        config: the server's; what it says of the model has no effect.
+        config: the server's configuration; its settings of the model have no effect.
         host: the address to listen on.
-        port: the port; 0 for a free one.
+        port: the port; 0 chooses a free one.
 
     Raises:
-        OSError: if the address is taken.
+        OSError: if the address is in use.
         StoreError: if the store cannot be written.
     """
     with socket.create_server((host, port)) as listening:
@@ -65,10 +65,10 @@ def serving_loaded(model: ServedModel, engine: Engine, config: ServerConfig, *, 
 
 @contextmanager
 def serving_replica(config: ServerConfig, *, host: str, port: int) -> Iterator[str]:
-    """Serve what a configuration says; yields the base URL at once, where `/health` says how far the model's loading is.
+    """Serve a configured model within a context; yields the base URL at once, while `/health` reports the load's progress.
 
     Raises:
-        OSError: if the address is taken.
+        OSError: if the address is in use.
     """
     with socket.create_server((host, port)) as listening:
         replica = ModelReplica(config)
@@ -92,7 +92,7 @@ def serving_replica(config: ServerConfig, *, host: str, port: int) -> Iterator[s
 def _answering(
     replica: ModelReplica, config: ServerConfig, redeploy: Callable[[ModelChoice], None], listening: socket.socket
 ) -> Iterator[str]:
-    """Answer requests from a replica of this process, and close it in the end."""
+    """Serve HTTP requests with a replica in this process; close the replica at the end."""
     try:
         ingress = Ingress(cast("DeploymentHandle", _Replica(replica)), config, redeploy)
         app = ReadableHeaders(_Numbered(_CancelledWithClient(ingress.__serve_build_asgi_app__())))
@@ -105,7 +105,7 @@ def _answering(
         try:
             while not server.started:
                 if not thread.is_alive():
-                    raise OSError(f"no HTTP server could be started on {host}:{port}")
+                    raise OSError(f"the HTTP server did not start on {host}:{port}")
                 time.sleep(POLL_S)
             yield f"http://{host}:{port}/v1"
         finally:
@@ -116,23 +116,23 @@ def _answering(
 
 
 def _watch(replica: ModelReplica, over: threading.Event, every_s: float = WATCH_S) -> None:
-    """Load the model again when its engine has died."""
+    """Reload the model whenever its engine has died."""
     while not over.wait(every_s):
         try:
             replica.check_health()
         except RuntimeError as error:
-            log.error("%s; the model is loaded again", error)
+            log.error("%s; reloading the model", error)
             replica.restart()
 
 
 def _refuse(choice: ModelChoice) -> None:
     raise ApiError(
-        403, f"model_id: {choice.model_id!r} cannot take the place of a script's own model", code="model_not_allowed"
+        403, f"model_id: {choice.model_id!r} cannot replace a model that a script has loaded", code="model_not_allowed"
     )
 
 
 class _Replica:
-    """Calls a replica in this process, as Serve's handle calls one elsewhere."""
+    """Calls a replica in this process, with the interface of Serve's handle."""
 
     def __init__(self, replica: ModelReplica) -> None:
         self._replica = replica
@@ -141,26 +141,26 @@ class _Replica:
         return _Method(getattr(self._replica, name))
 
     def options(self, *, stream: bool) -> "_Replica":
-        return self  # a method that streams is one that yields
+        return self  # a streaming method is an async generator anyway
 
     def broadcast(self, name: str) -> "_Broadcast":
         return _Broadcast(getattr(self._replica, name)())
 
 
 class _Method:
-    """One method of a replica."""
+    """A method of a replica, as an attribute of Serve's handle."""
 
     def __init__(self, method: Any) -> None:
         self._method = method
 
     def remote(self, *args: Any) -> Any:
-        """Call it: a task to wait for, or the pieces of a stream; either can be cancelled."""
+        """Call the method; return a task, or an iterator over a stream's pieces. Both can be cancelled."""
         called = self._method(*args)
         return asyncio.ensure_future(called) if asyncio.iscoroutine(called) else _Pieces(called)
 
 
 class _Pieces:
-    """A stream's pieces."""
+    """An iterator over a stream's pieces that can be cancelled."""
 
     def __init__(self, pieces: AsyncIterator[Any]) -> None:
         self._pieces = pieces
@@ -174,25 +174,25 @@ class _Pieces:
         return await self._next
 
     def cancel(self) -> None:
-        """Stop the stream; what it has asked of the engine is cancelled with it."""
+        """Stop the stream, and cancel its generation in the engine."""
         if self._next is not None:
             self._next.cancel()
 
 
 class _Broadcast:
-    """A question to every replica; there is one."""
+    """A call to every replica; here there is only one."""
 
-    def __init__(self, asked: Coroutine[Any, Any, Any]) -> None:
-        self._asked = asked
+    def __init__(self, call: Coroutine[Any, Any, Any]) -> None:
+        self._call = call
 
     async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
-        """Return the answers."""
+        """Return the results, in a list of one."""
         async with asyncio.timeout(timeout_s):
-            return list(await asyncio.gather(self._asked, return_exceptions=return_exceptions))
+            return list(await asyncio.gather(self._call, return_exceptions=return_exceptions))
 
 
 class _CancelledWithClient:
-    """Cancels a request whose client has left before its answer is whole, as Serve's proxy does."""
+    """Cancels a request whose client disconnects before the reply is complete, as Serve's proxy does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -200,19 +200,21 @@ class _CancelledWithClient:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         read, whole = asyncio.Event(), False
 
-        async def heard() -> Message:
+        async def receive_request() -> Message:
             message = await receive()
             if not message.get("more_body", False):
                 read.set()
             return message
 
-        async def said(message: Message) -> None:
+        async def send_reply(message: Message) -> None:
             nonlocal whole
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
-        answering = asyncio.ensure_future(cast(Coroutine[Any, Any, None], self._app(scope, heard, said)))
-        watching = asyncio.ensure_future(_left(read, receive))
+        answering = asyncio.ensure_future(
+            cast(Coroutine[Any, Any, None], self._app(scope, receive_request, send_reply))
+        )
+        watching = asyncio.ensure_future(_disconnected(read, receive))
         try:
             await asyncio.wait({answering, watching}, return_when=asyncio.FIRST_COMPLETED)
             if not whole:
@@ -225,7 +227,7 @@ class _CancelledWithClient:
 
 
 class _Numbered:
-    """Gives a request without an `X-Request-Id` one, and sends it back, as Serve's proxy does."""
+    """Adds an `X-Request-Id` to a request without one, and returns it in the reply, as Serve's proxy does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -237,16 +239,16 @@ class _Numbered:
         if given is None and "headers" in scope:
             scope = {**scope, "headers": [*scope["headers"], (name, about)]}
 
-        async def said(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", ()), (name, about)]}
             await send(message)
 
-        await self._app(scope, receive, said)
+        await self._app(scope, receive, send_with_id)
 
 
-async def _left(read: asyncio.Event, receive: Receive) -> None:
-    """Return when the client has left, after its request has been read."""
+async def _disconnected(read: asyncio.Event, receive: Receive) -> None:
+    """Wait until the request has been read and the client has disconnected."""
     await read.wait()
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,6 +1,6 @@
-"""Logs for machines: one JSON object a line, with the id of the request that a line is about.
+"""JSON logs: one object per line, with the id of the request that the line belongs to.
 
-The id is a context variable: set where a request enters a process, it reaches every line logged on its behalf there.
+The id is a context variable. It is set where a request enters a process, so every line logged for the request there has it.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 PACKAGES = ("serve_app", "roentgen")
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""The request that this context works for, None outside of one."""
+"""Id of the request that this context serves; None outside of requests."""
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a record, and the fields given to it as `extra={"fields": {…}}`, as one line of JSON."""
+    """Formats a log record, and the fields passed as `extra={"fields": {…}}`, as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
+        """Return the record as a line of JSON."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def write_json_logs() -> None:
-    """Send what this process's server code logs to standard error as JSON; called once by each actor."""
+    """Write this process's server logs to standard error as JSON. Each actor calls it once."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     for package in PACKAGES:

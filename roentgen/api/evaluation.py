@@ -1,4 +1,4 @@
-"""An evaluation from a script: what `roentgen eval` does, with the same settings, files and resumption."""
+"""`evaluate`: runs an evaluation from a script, with the settings, files and resumption of `roentgen eval`."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ from roentgen.stages import Stages
 from roentgen.store import StoreError
 
 TURN_S = 0.2
-"""How often the event loop runs while an evaluation does, in seconds: an interrupt of a notebook is delivered then."""
+"""Seconds between runs of the event loop during an evaluation; a notebook's interrupt is delivered then."""
 
 
 def evaluate(
@@ -48,24 +48,25 @@ def evaluate(
     console: Console | None = None,
     **settings: Any,
 ) -> Run:
-    """Evaluate a model on problems and score its answers; call it again with the same arguments to continue.
+    """Evaluate a model on problems and score its answers. Call it again with the same arguments to continue.
 
     Args:
         problems: arithmetic, gsm8k, gsm8k-train, gsm-symbolic, a file, a dataset `hf:OWNER/NAME?split=test`, a function that
-            returns records (docs/extending.md), or the records themselves: a list, a table of pandas' or of `datasets`,
-            anything that gives `{"question": …, "answer": …}`, all of which are posed. An answer is a number, a text, or a
-            solution that ends with "#### <answer>". Records are kept as a file, in the output folder or results/problems.
-        prompt: how they are posed: answer-line, gsm8k and so on, a text with {question} in it, a Jinja template, a `Prompt`, or
-            a function of a `Problem` that returns a text or messages.
-        scorer: who judges the answers: answer, flexible and so on, or a function `(output, problem)`, also a coroutine
-            function, that returns a `Verdict`, True or False. It is sent to the processes that need it, with what it uses.
-        model: a model's name, which is served for as long as it takes; a loaded `Model`, which is served from this process as
-            it is, so its weights are in memory once; a `Server`; the base URL of any OpenAI-compatible server.
-        capture: what to keep of activations, such as `dict(layers="all", hook_points=["resid_post"])`; nothing if absent.
-        output: the run directory; made up under results/ if absent.
-        console: where progress is shown; standard error if absent.
-        settings: the other options of `roentgen eval`, as Python spells them: samples, epochs, prompt, temperature, seed,
-            max_tokens, parallel, columns, fields (docs/evaluation.md).
+            returns records (docs/extending.md), or the records themselves: a list, a pandas or `datasets` table, or any
+            iterable of `{"question": …, "answer": …}`, all of which are used. An answer is a number, a text, or a solution
+            that ends with "#### <answer>". Records are saved to a file in the output folder or results/problems.
+        prompt: the prompt format: a name such as answer-line or gsm8k, a text with {question} in it, a Jinja template, a
+            `Prompt`, or a function of a `Problem` that returns a text or messages.
+        scorer: the scorer of the answers: a name such as answer or flexible, or a function `(output, problem)`, which may be a
+            coroutine function, that returns a `Verdict`, True or False. The function and what it uses are sent to the
+            processes that run it.
+        model: a model's name, which is served during the evaluation; a loaded `Model`, which is served from this process as
+            it is, with one copy of its weights; a `Server`; or the base URL of any OpenAI-compatible server.
+        capture: activations to capture, such as `dict(layers="all", hook_points=["resid_post"])`; None for none.
+        output: the run directory; None for a new one under results/.
+        console: where to show progress; None for standard error.
+        settings: other options of `roentgen eval`, with underscores: samples, epochs, temperature, seed, max_tokens,
+            parallel, columns, fields (docs/evaluation.md).
 
     Returns:
         The run, complete or with failed samples.
@@ -73,13 +74,13 @@ def evaluate(
     Raises:
         EvalError: if an option is not allowed, or the problems, the server or the run directory cannot be used.
         RunError: if the run directory is damaged.
-        RequestError: if something to keep is not known.
-        KeyboardInterrupt: on Ctrl-C, and on SIGTERM; it says where the finished samples are.
+        RequestError: if a field of `capture` is unknown.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM; the message says where the finished samples are.
     """
     own = {**settings, "prompt": prompt, "scorer": scorer}
     try:
         return _evaluate(problems, model, capture, output, console, own)
-    except InterruptedRunError as error:  # code that handles errors and continues must not handle Ctrl-C
+    except InterruptedRunError as error:  # code that handles errors must not handle Ctrl-C
         raise KeyboardInterrupt(str(error)) from None
 
 
@@ -94,22 +95,22 @@ async def evaluate_async(
     console: Console | None = None,
     **settings: Any,
 ) -> Run:
-    """Evaluate as `evaluate` does, while the event loop goes on.
+    """Evaluate as `evaluate` does, without blocking the event loop.
 
-    Cancelled, it stops what it has started and says where the finished samples are; the same call continues.
+    When it is cancelled, it stops what it has started and says where the finished samples are; the same call continues.
     """
     own = {**settings, "prompt": prompt, "scorer": scorer}
     stop = Event()
     work = asyncio.ensure_future(asyncio.to_thread(_evaluate, problems, model, capture, output, console, own, stop))
     try:
-        while not work.done():  # a notebook's loop hears of an interrupt only when it turns
+        while not work.done():  # a notebook's loop handles an interrupt only when it runs
             await asyncio.wait({work}, timeout=TURN_S)
         return work.result()
     except asyncio.CancelledError:
         stop.set()
         try:
             await work
-        except EvalError as error:  # that it was stopped
+        except EvalError as error:  # it was stopped
             raise asyncio.CancelledError(str(error)) from None
         raise
 
@@ -125,12 +126,12 @@ def _evaluate(
     stop: Event | None = None,
 ) -> Run:
     if settings.get("scorer") is not None and settings.get("extractor") is not None:
-        raise ProblemError("scorer and extractor are one option: give one of them")
+        raise ProblemError("scorer: extractor is another name for it; give only one of them")
     given: dict[str, Any] = {**settings, **_server(model), "output": output}
     given["extractor"] = given.pop("scorer", None) or given.get("extractor")
     if capture is not None:
         fields = capture_fields(capture)
-        if "dtype" in fields:  # an evaluation's `dtype` is the model's
+        if "dtype" in fields:  # `dtype` of an evaluation is the model's
             fields["store_dtype"] = fields.pop("dtype")
         given |= {**fields, "collect_activations": True}
         if isinstance(fields.get("layers"), list):
@@ -149,12 +150,12 @@ def _evaluate(
     loaded = model if isinstance(model, Model) else None
     run = perform(asked, partial(_serving, console=shown, loaded=loaded), shown, stop)
     if run is None:
-        raise ProblemError("dry_run: a description is no run; use `roentgen eval --dry-run`")
+        raise ProblemError("dry_run: not supported here, because it makes no run; use `roentgen eval --dry-run`")
     return run
 
 
 def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
-    """Return the settings that say what is evaluated, and where."""
+    """Return the settings of the model and the server."""
     if isinstance(model, Server):
         return {"base_url": model.base_url}
     if isinstance(model, Model):
@@ -164,7 +165,7 @@ def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
     model = named(model)
     if model is not None and not isinstance(model, str):
         raise ProblemError(
-            f"model: {preview(model)} is none; allowed are a name, a base URL, a loaded Model, and a Server that runs "
+            f"model: {preview(model)} is not a model; allowed are a name, a base URL, a loaded Model, and a running Server "
             "(`with roentgen.serve(…) as server`)"
         )
     if model is not None and model.startswith(("http://", "https://")):
@@ -174,7 +175,7 @@ def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
 
 @contextmanager
 def _serving(settings: EvalSettings, console: Console, loaded: Model | None) -> Iterator[str]:
-    """Serve a loaded model from here, and any other as the command does."""
+    """Serve a loaded model from this process, and any other model as `roentgen eval` does."""
     if loaded is None:
         with Stages(console) as stage, serving_for(settings, stage) as base_url:
             stage.rest()
@@ -191,10 +192,10 @@ def _serving(settings: EvalSettings, console: Console, loaded: Model | None) -> 
 def _write_problems(
     problems: Iterable[Record], output: Path | None, columns: Mapping[str, str] | None, fields: Sequence[str] | None
 ) -> tuple[Path, int]:
-    """Keep problems in a file; returns it and how many there are.
+    """Write problems to a file; return its path and the number of problems.
 
     Raises:
-        ProblemError: naming the first that is none.
+        ProblemError: if a record is not a problem; the message names the first one.
     """
     rows: Iterable[Any] = problems.to_dict("records") if isinstance(problems, pd.DataFrame) else problems
     lines = [record_of(problem) for problem in read_records(rows, columns, fields)]

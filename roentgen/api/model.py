@@ -1,7 +1,7 @@
-"""A model in this process, with the engine, the sources and the capture that the server has: no server, no Ray.
+"""A model in this process, with the server's engine, model sources and capture, but without a server or Ray.
 
-The engine runs on a thread of its own, so a call of `generate` submits and waits. It is stopped by `close`, at the end of a
-"with" block, and when nothing refers to the model any more.
+The engine runs on its own thread, so `generate` submits requests and waits. The engine is stopped by `close`, at the end of a
+"with" block, and when the model is garbage-collected.
 """
 
 import gc
@@ -72,31 +72,31 @@ log = logging.getLogger(__name__)
 ENGINE_OPTIONS = frozenset(
     ("max_batch", "max_queue", "max_prefill_tokens", "max_cache_tokens", "batch_invariant", "prefix_cache")
 )
-"""Fields of the server's configuration that say how the engine runs."""
+"""Fields of the server's configuration that configure the engine."""
 
 
 @dataclass
 class _Resources:
-    """What a `Model` lets go of when it is closed."""
+    """Resources that a `Model` frees when it is closed."""
 
     loaded: LoadedModel | None
     engine: TransformersEngine | None
     traced: "TransformersModel | None" = None
 
     def free(self) -> None:
-        """Stop the engine and let go of the weights."""
+        """Stop the engine and free the weights."""
         engine, self.engine, self.loaded, self.traced = self.engine, None, None, None
         if engine is None:
             return
         engine.close()
         del engine
-        gc.collect()  # a wrapped model is a cycle
+        gc.collect()  # a wrapped model is a reference cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 class Model:
-    """A model in this process; `load` makes one."""
+    """A model loaded in this process; created by `load`."""
 
     def __init__(self, loaded: LoadedModel, config: ServerConfig) -> None:
         engine = TransformersEngine(
@@ -123,7 +123,7 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Stop the engine and free the weights; a second time does nothing."""
+        """Stop the engine and free the weights. A second call does nothing."""
         self._finalizer()
 
     def __repr__(self) -> str:
@@ -133,65 +133,65 @@ class Model:
 
     @property
     def name(self) -> str:
-        """What it is called in stores and runs."""
+        """The model's name in stores and runs."""
         return self._loaded.source.name
 
     @property
     def revision(self) -> str:
-        """Which revision of it was loaded."""
+        """The loaded revision."""
         return self._loaded.source.revision
 
     @property
     def dtype(self) -> str:
-        """What it computes in, such as "bfloat16"."""
+        """The data type of the computation, such as "bfloat16"."""
         return str(self._loaded.dtype).removeprefix("torch.")
 
     @property
     def quantization(self) -> str | None:
-        """How its weights are quantized: "int8" if `load` did it, or the method that its own configuration names; else None."""
+        """The weights' quantization: "int8" by `load`, or the method in the model's configuration; None if there is none."""
         return self._loaded.quantization
 
     @property
     def tokenizer(self) -> Any:
-        """The model's own tokenizer, of transformers."""
+        """The model's transformers tokenizer."""
         return self._loaded.tokenizer
 
     @property
     def structure(self) -> "ModelStructure":
-        """Layers, width, and where each hook point is."""
+        """The number of layers, the width, and the module of each hook point."""
         return self._loaded.structure
 
     @property
     def hook_points(self) -> tuple[str, ...]:
-        """The canonical hook points that the model has, in the order in which it computes them.
+        """The model's canonical hook points, in the order of computation.
 
-        Any module path that ends in `.input` or `.output` is one too.
+        A module path that ends in `.input` or `.output` is a hook point too.
         """
         missing = self.structure.missing
         return tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name not in missing)
 
     @property
     def nnsight(self) -> "TransformersModel":
-        """The model as nnsight wraps it, for traces of one's own; its weights are the ones that are loaded.
+        """The model wrapped by nnsight, for your own traces. It shares the loaded weights.
 
-        A script that changes them finds the change in whatever runs next. So from the first use on there is no prefix cache,
-        and on a CPU there are no packed weights; int8 weights that `load` made are plain ones of the same values. Load a
-        second model where that is too slow. Do not trace while `generate` or `capture` runs: a trace would see the values of
-        their batch. `nnsight.save(x)` keeps a value; `x.save()` is taken off, since it breaks other libraries.
+        A script may change the weights, and later calls must use the changed ones. So the first use turns off the prefix
+        cache and, on a CPU, packed weights; int8 weights by `load` become plain weights of the same values. Load a second
+        model if that is too slow. Do not trace while `generate` or `capture` runs, because the trace would see their batch.
+        Use `nnsight.save(x)` to keep a value; `x.save()` is removed, because it breaks other libraries.
         """
         loaded = self._loaded
         if self._held.traced is None:
             engine = self._held.engine
             assert engine is not None
             engine.expect_changed_weights()
-            # Not the engine's own, which leaves it to the engine to make a batch; two may share a model.
+            # A second wrapper, because in the engine's own wrapper the engine builds the batch.
             self._held.traced = wrapped(loaded.observed._module, loaded.tokenizer)
         return self._held.traced
 
     @property
     def _loaded(self) -> LoadedModel:
         if self._held.loaded is None:
-            raise EngineStoppedError("the model is closed; load it again")
+            raise EngineStoppedError("the model is closed; load it again with roentgen.load")
         return self._held.loaded
 
     @property
@@ -215,33 +215,35 @@ class Model:
         stop_when: Mapping[str, Mapping[str, Any]] | None = None,
         **params: Any,
     ) -> list[Rollout]:
-        """Continue texts and answer conversations, many together, and return a `Rollout` for each, in order.
+        """Complete texts and answer conversations in a batch, and return a `Rollout` for each, in order.
 
-        Everything asked for is checked before anything runs, by the server's own code and in its words.
+        All arguments are checked before anything runs, by the same code as the server's.
 
         Args:
-            prompts: texts to continue, and conversations (lists of `{"role": …, "content": …}`), which the chat template
-                renders; one of either, or any number.
-            max_tokens: the most to generate for each; 0 only reads a text.
-            temperature: of the sampling; 0 takes the most likely token.
-            seed: of each prompt's random stream.
-            n: how many for each prompt; those of a prompt follow one another.
-            stop: strings that end a completion, and are not part of it.
-            capture: what to keep, such as `dict(layers=[8, 12], hook_points=["resid_post"], positions="all")`. Layers may be
-                "all"; `dtype` and `allow_non_finite` are as in docs/http.md.
-            steering: vectors to add, one or several.
-            probes: what to score every token with, one or several; a mapping gives them names.
-            stop_when: by the name of a probe, when its scores end the generation, `{"above": 2.0, "for": 3}`, or with
+            prompts: one or more prompts. Each is a text to complete, or a conversation (a list of `{"role": …,
+                "content": …}`), which is rendered with the chat template.
+            max_tokens: maximum number of tokens to generate per prompt; 0 only reads the text.
+            temperature: sampling temperature; 0 is greedy.
+            seed: seed of each prompt's random stream.
+            n: number of completions per prompt; completions of one prompt are adjacent in the result.
+            stop: strings that end a completion; they are not part of it.
+            capture: activations to capture, such as `dict(layers=[8, 12], hook_points=["resid_post"], positions="all")`.
+                Layers may be "all"; `dtype` and `allow_non_finite` are described in docs/http.md.
+            steering: one or more vectors to add to the residual stream.
+            probes: one or more probes that score every token; a mapping names them.
+            stop_when: conditions by probe name. A met condition ends the generation, `{"above": 2.0, "for": 3}`, or with
                 `"then": "close_reasoning"` the model's reasoning (docs/http.md).
-            params: the other fields of a request (docs/http.md): top_p, top_k, logit_bias, response_format and so on.
+            params: other fields of a request (docs/http.md), such as top_p, top_k, logit_bias and response_format.
 
         Raises:
-            RequestError: if something asked for cannot be; it names the field, the value and what is allowed.
+            RequestError: if an argument is not allowed; the message names the field, the value and what is allowed.
             SavedProbeError: if there is no probe at a path.
-            StoreError: if captured rows hold NaN or infinity, which `allow_non_finite` would keep.
+            StoreError: if captured rows contain NaN or infinity and `allow_non_finite` is not set.
         """
         if own := sorted(params.keys() & OWN):
-            raise ApiError(400, f"{own[0]}: generate sets it itself", param=own[0], code="unsupported_parameter")
+            raise ApiError(
+                400, f"{own[0]}: not allowed here; generate sets it itself", param=own[0], code="unsupported_parameter"
+            )
         runner, asked = self._runner, prompts_of(prompts)
         read_by, added = scorers(runner.model, named_probes(probes)), steering_vectors(runner.model, steering)
         rules = stop_rules(read_by, stop_when or {})
@@ -307,34 +309,34 @@ class Model:
         chunk_size: int | None = None,
         progress: bool = True,
     ) -> Iterator[Rollout] | CaptureReport:
-        """Keep what the model holds inside while it reads texts that exist already; nothing is generated.
+        """Capture the model's activations on existing texts. Nothing is generated.
 
-        Without a store this is an iterator: texts are read as it goes on, some dozens together, and each comes back in its
-        place as a `Rollout`. With a store all are read at once into one session, but for those that it has already: run
-        again, it continues.
+        Without a store, this returns an iterator: texts are read in groups of some dozens while it advances, and each yields
+        a `Rollout`, in order. With a store, all texts are read into one session, except those that the session already has;
+        call it again to continue.
 
         Args:
-            texts: texts, conversations (if the assistant speaks last, that is the completion), or objects as the lines of
+            texts: texts, conversations (a last message by the assistant is the completion), or objects in the format of
                 `roentgen capture` (docs/capture.md): `{"prompt": …, "completion": …, "labels": {…}}`.
-            layers: layers to keep, or "all"; negative ones count from the end.
-            hook_points: hook points to keep.
+            layers: layers to capture, or "all"; negative numbers count from the end.
+            hook_points: hook points to capture.
             positions: all, prompt, generated, last_prompt, last, stride:k, mean_prompt or mean_generated.
-            dtype: what to keep rows in; "model" for the model's own, "int8" for a byte a value (docs/store.md).
-            allow_non_finite: keep rows with NaN or infinity, which otherwise fail.
-            store: the folder of a store, or s3://BUCKET/FOLDER.
-            session: the session in it; named after model and capture if absent.
-            chunk_size: layers captured per pass, to need less memory; all in one if absent.
-            progress: whether a terminal or notebook shows a bar.
+            dtype: data type of the rows; "model" for the model's own, "int8" for one byte per value (docs/store.md).
+            allow_non_finite: keep rows with NaN or infinity, which otherwise raise an error.
+            store: the activation store: a folder, or s3://BUCKET/FOLDER.
+            session: session in the store; by default named after model and capture.
+            chunk_size: number of layers to capture per pass; fewer need less memory. None for all.
+            progress: whether to show a progress bar in a terminal or notebook.
 
         Returns:
-            An iterator of rollouts; with a store, a report of what was stored, with the session's address in `session`.
+            An iterator of rollouts; with a store, a report whose `session` is the session's address.
 
         Raises:
-            RequestError: if something asked for cannot be.
-            TranscriptError: naming the first that is no text.
-            UnreadableTextError: without a store, if the model cannot be given a text, such as one that is too long; with one,
+            RequestError: if an argument is not allowed.
+            TranscriptError: if an item is not a text; the message names the first one.
+            UnreadableTextError: without a store, if the model cannot read a text, such as one that is too long; with a store,
                 the report lists it.
-            StoreError: if the store cannot be written, or without one, rows hold NaN or infinity.
+            StoreError: if the store cannot be written, or without a store, if rows contain NaN or infinity.
         """
         fields = {
             "layers": layers, "hook_points": hook_points, "positions": positions, "dtype": dtype,
@@ -342,7 +344,7 @@ class Model:
         }  # fmt: skip
         if chunk_size is not None and chunk_size < 1:
             raise ApiError(
-                400, f"chunk_size: {chunk_size} is none; allowed are whole numbers from 1", param="chunk_size"
+                400, f"chunk_size: {chunk_size} is not allowed; allowed are integers from 1", param="chunk_size"
             )
         try:
             request = ActivationRequest.model_validate(capture_fields(fields))
@@ -375,18 +377,18 @@ def load(
 
     Args:
         model: "smollm2-135m" (embedded), a folder, a LoRA adapter's folder, or a hub id.
-        revision: of a hub model.
-        dtype: "auto" (bfloat16 where the device computes in it, else float32), "float32", "float16" or "bfloat16".
+        revision: revision of a hub model.
+        dtype: "auto" (bfloat16 if the device supports it, else float32), "float32", "float16" or "bfloat16".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        device_map: spreads a model over several devices, as accelerate does.
-        quantize: "int8" keeps the weights of linear layers in a byte each (docs/engines.md); on a CPU.
-        trust_remote_code: whether code that comes with the model may run.
-        stage: told what is being done.
-        options: of the engine, as `roentgen serve` has them: `max_batch`, `max_queue`, `max_prefill_tokens`,
+        device_map: how to split the model over several devices, as in accelerate.
+        quantize: "int8" stores the weights of linear layers in one byte each (docs/engines.md). Only on a CPU.
+        trust_remote_code: whether to run code from the model's repository.
+        stage: called with each stage of loading.
+        options: options of the engine, as in `roentgen serve`: `max_batch`, `max_queue`, `max_prefill_tokens`,
             `max_cache_tokens`, `batch_invariant` and `prefix_cache`.
 
     Raises:
-        RequestError: if there is no such model, its weights cannot be used, or an option is not allowed.
+        RequestError: if the model does not exist, its weights cannot be used, or an option is not allowed.
     """
     given = {
         "model": named(model), "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
@@ -394,12 +396,12 @@ def load(
     }  # fmt: skip
     if unknown := sorted(options.keys() - ENGINE_OPTIONS):
         raise ApiError(
-            400, f"{unknown[0]} is unknown; allowed are {', '.join(sorted(ENGINE_OPTIONS))}", param=unknown[0]
+            400, f"{unknown[0]}: unknown option; allowed are {', '.join(sorted(ENGINE_OPTIONS))}", param=unknown[0]
         )
     config = checked(ServerConfig, given)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ApiError(
-            400, "device: cuda is asked for, and PyTorch finds no CUDA GPU here; use cpu, or auto", param="device"
+            400, "device: cuda is not available, because PyTorch finds no CUDA GPU; use cpu or auto", param="device"
         )
     stage(f"finding {config.model}")
     source = locate(config.model, config.revision, quantize=config.quantize, trust_remote_code=trust_remote_code)
@@ -410,7 +412,7 @@ def load(
 
 
 def _run(runner: Runner, choices: list[tuple[Prompt, Choice]]) -> list[Rollout]:
-    """Run generations; returns them in order."""
+    """Run generations and return their rollouts, in order."""
     constraints = compile_grammars(runner, [choice for _, choice in choices])
     makers = {
         number: partial(choice.job, constraint=constraint)
@@ -427,8 +429,8 @@ def _run(runner: Runner, choices: list[tuple[Prompt, Choice]]) -> list[Rollout]:
 
 
 def _rollout(runner: Runner, prompt: Prompt, choice: Choice, finished: Finished) -> Rollout:
-    """Return a finished generation with its rows, checked as they are before they are stored."""
-    asked = choice.asked or ActivationRequest()  # of one that captures nothing, only what was said is read
+    """Return a finished generation as a rollout; its rows are checked like rows that are stored."""
+    asked = choice.asked or ActivationRequest()  # without capture, the entry's text is still used
     entry = make_metadata(runner.model, choice.prompt, choice.role, asked, finished, session_id="", rollout_id="")
     activations, positions = {}, []
     if finished.captured is not None:

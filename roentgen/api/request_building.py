@@ -1,8 +1,7 @@
-"""Turns arguments of Python into the requests that the server takes.
+"""Converts Python arguments into the server's requests.
 
-A request is then checked, planned and refused by the server's own code (`serve_app.requests.planning`), in the same words: an
-error names the field, the value and what is allowed. Only the field's name may differ: what HTTP calls `activations` is
-`capture` here.
+The server's own code (`serve_app.requests.planning`) then validates and plans a request, with the same error messages: an
+error names the field, the value and what is allowed. Only a field's name may differ: HTTP's `activations` is `capture` here.
 """
 
 import operator
@@ -37,7 +36,7 @@ Prompt = str | Conversation
 ALLOWED = 'allowed are a text, and a conversation: a list of {"role": …, "content": …}'
 
 CAPTURE_FIELDS = ("layers", "hook_points", "positions", "dtype", "allow_non_finite")
-"""What a capture in memory can be asked for."""
+"""Fields of a capture in memory."""
 
 OWN = frozenset(
     (
@@ -52,16 +51,16 @@ OWN = frozenset(
         "logprobs",
     )
 )
-"""Fields of a request that `generate` fills in itself, or that say only how a reply is spelled."""
+"""Fields of a request that `generate` sets itself, or that only affect the reply's format."""
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
 def checked(kind: type[Checked], values: Mapping[str, Any]) -> Checked:
-    """Make a request or a configuration of values.
+    """Create a validated request or configuration.
 
     Raises:
-        RequestError: naming the first value that is not allowed, and what is.
+        RequestError: if a value is not allowed; it names the first one.
     """
     try:
         return kind.model_validate(dict(values))
@@ -70,12 +69,12 @@ def checked(kind: type[Checked], values: Mapping[str, Any]) -> Checked:
 
 
 def named(model: Any) -> Any:
-    """Return a folder's path as a model's name."""
+    """Return a model's name; a path is converted to text."""
     return str(model) if isinstance(model, Path) else model
 
 
 def in_python(error: RequestError, prompt: int | None = None) -> RequestError:
-    """Spell an error's field as the argument of Python is called; an error of one prompt of several says which."""
+    """Return an error with the name of the Python argument; for one of several prompts, with the prompt's index."""
     message, param = error.message, error.param
     message = re.sub(r"\bactivations(?=\.[a-z_]|: )", "capture", message).replace("by this server", "here")
     if param is not None:
@@ -86,34 +85,34 @@ def in_python(error: RequestError, prompt: int | None = None) -> RequestError:
 
 
 def prompts_of(given: Prompt | Iterable[Prompt]) -> list[Prompt]:
-    """Return the prompts meant by one or several.
+    """Return a list of prompts for one prompt or several.
 
     Raises:
-        TypeError: if one is neither text nor a conversation.
+        TypeError: if a prompt is neither a text nor a conversation.
     """
     if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
-        raise TypeError(f"prompts: {preview(given)} is none; {ALLOWED}")
+        raise TypeError(f"prompts: {preview(given)} is not a prompt; {ALLOWED}")
     prompts: list[Any] = [given] if isinstance(given, str) else list(given)
     if prompts and all(isinstance(one, Mapping) for one in prompts):  # one conversation
         prompts = [prompts]
     for place, one in enumerate(prompts):
-        told = isinstance(one, Sequence) and not isinstance(one, bytes)
-        if not isinstance(one, str) and not (told and all(isinstance(message, Mapping) for message in one)):
-            raise TypeError(f"prompts[{place}]: {preview(one)} is no prompt; {ALLOWED}")
+        listed = isinstance(one, Sequence) and not isinstance(one, bytes)
+        if not isinstance(one, str) and not (listed and all(isinstance(message, Mapping) for message in one)):
+            raise TypeError(f"prompts[{place}]: {preview(one)} is not a prompt; {ALLOWED}")
     return prompts
 
 
 def capture_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Spell what to keep as a request does: one layer or hook point is a list of one.
+    """Convert the fields of `capture` to those of a request; a single layer or hook point becomes a list.
 
     Raises:
-        RequestError: if a field is none that a capture in memory has.
+        RequestError: if a field is unknown.
     """
     fields = dict(given)
     if unknown := sorted(fields.keys() - set(CAPTURE_FIELDS)):
         raise ApiError(
             400,
-            f"capture.{unknown[0]} is unknown; allowed are {', '.join(CAPTURE_FIELDS)}",
+            f"capture.{unknown[0]}: unknown field; allowed are {', '.join(CAPTURE_FIELDS)}",
             param=f"capture.{unknown[0]}",
             code="unsupported_parameter",
         )
@@ -126,15 +125,15 @@ def capture_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole(number: Any) -> Any:
-    """Return NumPy's integers as Python's; what is no integer is left for the request to refuse."""
+    """Convert a NumPy integer to Python's; other values are returned unchanged, and the request refuses them."""
     return operator.index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else number
 
 
 def plan(runner: Runner, config: ServerConfig, prompt: Prompt, params: Mapping[str, Any]) -> list[Choice]:
-    """Return the generations that a prompt asks for.
+    """Return the planned generations of a prompt.
 
     Raises:
-        RequestError: if something asked for cannot be.
+        RequestError: if a parameter is not allowed.
     """
     if isinstance(prompt, str):
         only_read = {"echo": True} if params.get("max_tokens") == 0 else {}
@@ -145,10 +144,10 @@ def plan(runner: Runner, config: ServerConfig, prompt: Prompt, params: Mapping[s
 
 
 def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[RequestProbe, ...]:
-    """Return what scores a generation's rows.
+    """Return the scorers for probes.
 
     Raises:
-        RequestError: naming the probe that is not of this model.
+        RequestError: if a probe is not of this model.
     """
     found = []
     for name, probe in probes.items():
@@ -160,10 +159,10 @@ def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[Reque
 def stop_rules(
     probes: Sequence[RequestProbe], stop_when: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[StopRule, str]]:
-    """Return when scores act, each with the argument that says so.
+    """Return the stop rules, each with the name of its argument.
 
     Raises:
-        RequestError: naming the value that is not allowed, or the probe that is not there.
+        RequestError: if a value is not allowed, or a rule names an unknown probe.
     """
     places = {probe.name: place for place, probe in enumerate(probes)}
     rules: list[tuple[StopRule, str]] = []
@@ -171,7 +170,7 @@ def stop_rules(
         param = f"stop_when[{name!r}]"
         if name not in places:
             there = ", ".join(places) or "none"
-            raise ApiError(400, f"{param}: {name!r} is none of the probes; there are {there}", param=param)
+            raise ApiError(400, f"{param}: {name!r} is not one of the probes; allowed are {there}", param=param)
         try:
             rules.append((StopRule(places[name], checked(StopWhen, fields)), param))
         except RequestError as error:
@@ -190,9 +189,7 @@ def steering_vectors(model: ServedModel, steering: Steer | Sequence[Steer]) -> t
     several = [steering] if isinstance(steering, Steer) else steering
     for place, one in enumerate(several):
         if not isinstance(one, Steer):
-            raise TypeError(
-                f"steering[{place}]: {preview(one)} is no roentgen.Steer, which says what is added and where"
-            )
+            raise TypeError(f"steering[{place}]: {preview(one)} is not a roentgen.Steer")
     return tuple(_steering_vector(model, one, f"steering[{place}]") for place, one in enumerate(several))
 
 

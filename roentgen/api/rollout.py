@@ -1,4 +1,4 @@
-"""What a generation gives: the text, its tokens, and for every token that was fed what was captured and scored."""
+"""`Rollout`, the result of one generation: text, tokens, captured activations and probe scores."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,60 +14,60 @@ from roentgen.pages import page_environment
 from roentgen.tokenized_text import TokenizedText, token_texts
 
 FULL_COLOR = 0.9
-"""The quantile of absolute scores that has the full color; those beyond have it too."""
+"""Quantile of absolute scores from which a token has the full color."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rollout:
     """One generation.
 
-    `rollout["layers.12.resid_post"]` is what was captured there, `[rows, d_model]`, a row for each of `positions`. The last
-    sampled token was never fed to the model, so it is in `token_ids` and not in `tokens`, and it has no row.
+    `rollout["layers.12.resid_post"]` returns the captured rows of that key, `[rows, d_model]`, one for each of `positions`. The
+    last sampled token was never fed to the model, so it is in `token_ids` but not in `tokens`, and has no row.
     """
 
     prompt: Any
-    """As it was given: a text, or a conversation's messages."""
+    """The prompt as it was given: a text, or a list of messages."""
     text: str
     """The completion, without special tokens and stop strings."""
     finish_reason: str
-    """"stop", or "length" if it was cut."""
+    """"stop", or "length" if the maximum number of tokens was reached."""
     logprobs: list[float]
-    """Of each completion token, when it was sampled; NaN for a marker that closed the reasoning, which nobody chose."""
+    """Log-probability of each completion token; NaN for a forced token, which the model did not sample."""
     sequence: TokenizedText = field(repr=False)
-    """Prompt and completion as the model saw them, special tokens included."""
+    """Tokenized prompt and completion, special tokens included."""
     activations: Mapping[str, Float[Tensor, "rows ..."]] = field(default_factory=dict)
-    """What was captured, per stored key."""
+    """Captured rows, by stored key."""
     positions: list[int] = field(default_factory=list)
-    """The token that each captured row is of, a place in `tokens`; -1 for a mean over several."""
+    """Index in `tokens` of each captured row's token; -1 for a mean over several tokens."""
     scores: Mapping[str, Float[Tensor, "tokens ..."]] = field(default_factory=dict)
-    """Per probe, its score of every token: `[len(tokens)]`, or `[len(tokens), outputs]` for one with several outputs."""
+    """Each probe's scores of the tokens: `[len(tokens)]`, or `[len(tokens), outputs]` for a probe with several outputs."""
     labels: Mapping[str, Any] = field(default_factory=dict)
-    """What came with a text that was read."""
+    """Labels of a text that was captured."""
     stop_reason: int | str | None = None
-    """What ended it that was asked for: a stop string, a stop token, or a probe (`probe:NAME`)."""
+    """The requested stop string, stop token or probe (`probe:NAME`) that ended the generation; else None."""
     acted: Sequence[ProbeAction] = ()
-    """What the scores of probes have done."""
+    """Actions that probes took."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt's tokens."""
+        """Token ids of the prompt."""
         return self.sequence.token_ids[: self.sequence.n_prompt]
 
     @property
     def token_ids(self) -> list[int]:
-        """The completion's tokens, the last one included."""
+        """Token ids of the completion, including the last one."""
         return self.sequence.token_ids[self.sequence.n_prompt :]
 
     @property
     def tokens(self) -> list[str]:
-        """The text of every token that was fed: the prompt's and the completion's, but for the last that was sampled.
+        """Texts of the tokens that were fed to the model: the prompt's and the completion's, except the last sampled one.
 
-        A token that is part of a character is empty, but for the first of its character.
+        Of the tokens that form one character, only the first has its text; the others are empty.
         """
         return token_texts(self.sequence.text, self.sequence.token_offsets)[: self.sequence.n_rows]
 
     def keys(self) -> list[str]:
-        """Return what was captured, as stored keys."""
+        """Return the stored keys of the captured activations."""
         return list(self.activations)
 
     def __contains__(self, key: str) -> bool:
@@ -80,7 +80,7 @@ class Rollout:
         """Return the captured rows of a stored key.
 
         Raises:
-            KeyError: naming what was captured.
+            KeyError: if the key was not captured.
         """
         if key not in self.activations:
             there = self.keys()
@@ -93,21 +93,21 @@ class Rollout:
         return f"Rollout({self.text!r}, {self.finish_reason}{kept})"
 
     def html(self, probe: str | None = None) -> str:
-        """Return the tokens as HTML, each on the color of its score.
+        """Return the tokens as HTML, colored by a probe's scores.
 
         Args:
-            probe: whose scores; the first probe's if absent.
+            probe: name of the probe; None for the first.
 
         Raises:
-            KeyError: naming the probes that there are.
+            KeyError: if the probe did not score this rollout.
         """
         if probe is not None and probe not in self.scores:
-            raise KeyError(f"{probe!r} has not scored this; there are {', '.join(self.scores) or 'no scores'}")
+            raise KeyError(f"{probe!r} did not score this rollout; scores: {', '.join(self.scores) or 'none'}")
         name = probe or next(iter(self.scores), None)
         scores = (
             [] if name is None else np.asarray(self.scores[name].float()).reshape(len(self.tokens), -1)[:, 0].tolist()
         )
-        # The first token's row is often many times as long as all others: it would leave them without a color.
+        # The norm of the first token's row is often so large that all other tokens would have no color.
         full = float(np.quantile(np.abs(scores), FULL_COLOR, method="lower")) if scores else 0.0
         strengths = np.clip(np.array(scores) / (full or 1.0), -1, 1).tolist() or [0.0] * len(self.tokens)
         tokens = [

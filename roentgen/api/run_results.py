@@ -1,4 +1,4 @@
-"""What is made of a finished run, as the commands of these names do: its page, its scores anew, a comparison, an export."""
+"""Functions of a finished run, like the commands of the same names: `report`, `score`, `compare`, `show`, `export`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,19 +22,19 @@ from roentgen.workflows.sample_details import SampleDetails, describe, find_samp
 Format = Literal["parquet", "eval", "hf"]
 
 SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".eval": "eval"}
-"""Formats that a file's name tells."""
+"""Formats by file extension."""
 
 
 @naming_arguments()
 def report(run: Run | str | Path) -> Path:
-    """Write a run's summary.json and report.html again, with probe results if there are any; return the page's path.
+    """Rewrite a run's summary.json and report.html, with probe results if there are any; return the page's path.
 
     Args:
         run: the run, or its folder.
 
     Raises:
-        RunError: if there is no run, or it is damaged.
-        OSError: as the disk answers.
+        RunError: if the run does not exist or is damaged.
+        OSError: if a file cannot be written.
     """
     opened = _opened(run)
     write_summary(opened, None)
@@ -43,14 +43,14 @@ def report(run: Run | str | Path) -> Path:
 
 @naming_arguments()
 def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
-    """Judge a run's answers again, without the model; what is made of them is written again too.
+    """Score a run's answers again, without the model, and rewrite its summary and report.
 
     Args:
         run: the run, or its folder.
-        extractor: the primary one from now on: a name, a reference, or a function `(output, problem)`; the run's own if absent.
+        extractor: the new primary extractor: a name, a reference, or a function `(output, problem)`; None for the run's own.
 
     Raises:
-        EvalError: if there is no such extractor, or it returns what is no verdict; the run is as it was.
+        EvalError: if the extractor does not exist, or returns something other than a verdict; the run is unchanged.
         RunError: if an evaluation is writing the run, or it is damaged.
     """
     return rescore(_opened(run), extractor)
@@ -58,14 +58,14 @@ def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
 
 @naming_arguments()
 def compare(first: Run | str | Path, second: Run | str | Path) -> RunComparison:
-    """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test.
+    """Compare two runs problem by problem: the difference in accuracy with its confidence interval, and McNemar's test.
 
     Args:
         first: a run, or its folder.
-        second: another one, on some of the same problems.
+        second: another run, which shares problems with the first.
 
     Raises:
-        RunError: if there is no run, or it is damaged.
+        RunError: if the run does not exist or is damaged.
     """
     return compare_runs(_opened(first), _opened(second))
 
@@ -74,16 +74,16 @@ def compare(first: Run | str | Path, second: Run | str | Path) -> RunComparison:
 def show(
     run: Run | str | Path, sample: str | int, *, epoch: int | None = None, variant: str | None = None
 ) -> SampleDetails:
-    """Return all that is known of one sample: prompt, answer, every verdict, where its rows are, and its probe scores.
+    """Return the details of one sample: prompt, answer, verdicts, the location of its activations, and its probe scores.
 
     Args:
         run: the run, or its folder.
-        sample: 7, "gsm8k_0007", or a problem's id.
-        epoch: which attempt; the first if absent.
-        variant: under which of the run's prefixes; the first if absent.
+        sample: sample number, sample id or problem id: 7, "gsm8k_0007".
+        epoch: the epoch (attempt); None for the first.
+        variant: the variant; None for the first.
 
     Raises:
-        RunError: if there is no such run or sample, or the record is damaged.
+        RunError: if the run or the sample does not exist, or the record is damaged.
         SavedProbeError: if the run's probes are damaged.
     """
     opened = _opened(run)
@@ -102,33 +102,32 @@ def export(
     public: bool = False,
     stage: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Write a run as a table of its samples, as a log that `inspect view` opens, or with its activations as a data set.
+    """Export a run as a table of samples, as a log for `inspect view`, or as a dataset with its activations.
 
     Args:
         run: the run, or its folder.
-        output: SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for a Hugging Face data set.
-        format: "parquet", "eval" or "hf"; by default, what `output` ends in.
-        session: for "hf": a session that was captured of the run's answers; else its own rows.
-        push_to: for "hf": send it to the Hugging Face hub, too, as this USER/NAME.
-        public: let everybody see what `push_to` makes.
-        stage: told what is being done.
+        output: SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for a Hugging Face dataset.
+        format: "parquet", "eval" or "hf"; by default determined by the extension of `output`.
+        session: for "hf": a session captured from the run's answers; None for the run's own activations.
+        push_to: for "hf": also upload to the Hugging Face Hub as USER/NAME.
+        public: make the uploaded dataset public.
+        stage: called with each stage.
 
     Raises:
-        ExportError: if the format is not told, an option is of another one, the folder holds something, or the hub refuses.
-        RunError: if there is no run, or it is damaged.
+        ExportError: if the format is unknown, an option belongs to another format, the folder is not empty, or the hub refuses.
+        RunError: if the run does not exist or is damaged.
         StoreError: if activations cannot be read.
-        OSError: as the disk answers.
+        OSError: if a file cannot be written.
     """
     path = Path(output)
     kind = format or ("hf" if push_to else SUFFIXES.get(path.suffix))
     if kind is None:
         raise ExportError(
-            f"output: {path.name!r} says no format; allowed are names ending in {' and '.join(SUFFIXES)}, and the format hf "
-            "for a folder"
+            f"output: {path.name!r} has no known extension; allowed are {' and '.join(SUFFIXES)}, and format hf for a folder"
         )
     given = {"session": session is not None, "push": push_to is not None, "public": public}
     if kind != "hf" and (wrong := [name for name, there in given.items() if there]):
-        raise ExportError(f"{wrong[0]}: only the format hf has it, and this is {kind}")
+        raise ExportError(f"{wrong[0]}: allowed only with format hf; the format is {kind}")
     opened = _opened(run)
     if kind == "hf":
         done = export_dataset(opened, path, session, stage)

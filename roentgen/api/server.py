@@ -1,7 +1,7 @@
-"""A server that a script starts and stops.
+"""`serve`: starts and stops a server from a script.
 
-A model's name is served as `roentgen serve` does, with every route and engine. A model that the script has loaded is served
-from this process, as it is: there is one copy of its weights.
+A model given by name is served as by `roentgen serve`, with every route and engine. A loaded model is served from this process
+as it is, with one copy of its weights.
 """
 
 import asyncio
@@ -30,38 +30,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BESIDE_A_MODEL = frozenset(
+SERVER_OPTIONS = frozenset(
     ("cors_origins", "max_body_bytes", "max_inline_bytes", "probes", "request_timeout_s", "store")
 )
-"""Fields of the server's configuration that say nothing of the model or its engine."""
+"""Fields of the server's configuration that do not concern the model or its engine."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers."""
+    """A running server."""
 
     base_url: str
-    """Where, http://HOST:PORT/v1."""
+    """The base URL, http://HOST:PORT/v1."""
     config: ServerConfig
-    """What it was started with."""
+    """The server's configuration."""
 
     @cached_property
     def client(self) -> "OpenAI":
-        """A client of the openai package for it."""
+        """A client for the server, of the openai package."""
         from openai import OpenAI
 
         return OpenAI(base_url=self.base_url, api_key=client_key())
 
     @cached_property
     def async_client(self) -> "AsyncOpenAI":
-        """The same, for coroutines."""
+        """An asynchronous client for the server."""
         from openai import AsyncOpenAI
 
         return AsyncOpenAI(base_url=self.base_url, api_key=client_key())
 
 
 class Serving(AbstractContextManager[Server], AbstractAsyncContextManager[Server]):
-    """What `serve` returns: "with" or "async with" starts the server, and stops it."""
+    """The context manager that `serve` returns; "with" and "async with" start and stop the server."""
 
     def __init__(self, start: Callable[[], AbstractContextManager[str]], config: ServerConfig) -> None:
         self._running = start()
@@ -84,7 +84,7 @@ class Serving(AbstractContextManager[Server], AbstractAsyncContextManager[Server
         entering = asyncio.ensure_future(asyncio.to_thread(self.__enter__))
         try:
             return await asyncio.shield(entering)
-        except asyncio.CancelledError:  # the thread goes on: what it starts is stopped as soon as it is there
+        except asyncio.CancelledError:  # the thread continues, so stop the server as soon as it has started
             with suppress(Exception):
                 await entering
                 await asyncio.to_thread(self.__exit__, None, None, None)
@@ -109,34 +109,34 @@ def serve(
     stage: Callable[[str], None] = log.info,
     **options: Any,
 ) -> Serving:
-    """Serve a model for as long as a "with" or an "async with" block lasts; then what was started is gone, also after Ctrl-C.
+    """Serve a model within a "with" or "async with" block. Everything it started is stopped at the end, also after Ctrl-C.
 
     Args:
         model: "smollm2-135m" (embedded), a folder, a LoRA adapter's folder, or a hub id; or a loaded `Model`, which is served
             from this process as it is, without Ray Serve and with one copy of its weights.
-        capture: what requests will capture, as in `Model.generate`, which is checked at once and is what vLLM taps; True if
-            that is not known yet; False if they may not.
-        host: the address to listen on; anything but loopback needs ROENTGEN_API_KEY.
-        port: 0 chooses a free one.
-        ray_address: "local" starts a Ray here; HOST:PORT joins one; None starts one where it is needed: for several replicas,
-            on a GPU, with vLLM.
-        verbose: show Ray's and the replicas' logs.
-        stage: told what is being done.
-        options: the other options of `roentgen serve`, as Python spells them: engine, dtype, device, store, max_batch, taps. Of
-            a loaded model, those that say nothing of the model: store, probes, request_timeout_s.
+        capture: what requests will capture, as in `Model.generate`; it is checked at once, and vLLM taps these hook points.
+            True if it is not known yet; False to disable capture.
+        host: the address to listen on; any other than loopback requires ROENTGEN_API_KEY.
+        port: the port; 0 chooses a free one.
+        ray_address: "local" starts Ray here; HOST:PORT joins a cluster; None starts Ray only if it is needed (several
+            replicas, a GPU, or vLLM).
+        verbose: show the logs of Ray and the replicas.
+        stage: called with each stage of the start.
+        options: other options of `roentgen serve`, with underscores: engine, dtype, device, store, max_batch, taps. For a
+            loaded model, only those that do not concern the model: store, probes, request_timeout_s.
 
     Raises:
         RequestError: if an option is not allowed.
-        LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
-        ClusterError: if no Ray answers at the address.
+        LaunchError: if the port is in use, the address requires an API key, or the model cannot be loaded.
+        ClusterError: if no Ray cluster answers at the address.
         StoreError: if the store cannot be written.
     """
     known = checked(ActivationRequest, capture_fields(capture)) if isinstance(capture, Mapping) else None
     if isinstance(model, Model):
-        if others := sorted(options.keys() - BESIDE_A_MODEL):
+        if others := sorted(options.keys() - SERVER_OPTIONS):
             raise ApiError(
                 400,
-                f"{others[0]}: the model is loaded already; allowed are {', '.join(sorted(BESIDE_A_MODEL))}",
+                f"{others[0]}: not allowed for a loaded model; allowed are {', '.join(sorted(SERVER_OPTIONS))}",
                 param=others[0],
             )
         own = model.config.model_dump(exclude_unset=True) | {"capture": capture is not False, **options}

@@ -1,4 +1,4 @@
-"""Vectors to add and probes to read, as a script names them."""
+"""`Steer`, a steering vector, and the ways in which a script names probes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class HasProbe(Protocol):
-    """What names one probe, as a training does its best."""
+    """An object with one probe, such as the result of a training."""
 
     @property
     def probe(self) -> "SavedProbe":
@@ -20,38 +20,38 @@ class HasProbe(Protocol):
 
 
 Probe = Any
-"""A `SavedProbe`, what `roentgen.probes.train` returns, or the path of a saved one, FOLDER/NAME."""
+"""A `SavedProbe`, the result of `roentgen.probes.train`, or the path of a saved probe, FOLDER/NAME."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steer:
-    """A vector to add to a model's stream while it reads and generates.
+    """A vector to add to a model's residual stream while it reads and generates.
 
-    What is added is `scale` times the direction: a probe's has length 1, and a vector is taken as it is.
+    The vector is `scale` times the direction. A probe's direction has length 1; a given vector is used as it is.
     """
 
     direction: Any
-    """A probe (a `SavedProbe`, what `roentgen.probes.train` returns, a path FOLDER/NAME), or a vector as wide as the stream
-    (a list, a NumPy array, a tensor)."""
+    """A probe (a `SavedProbe`, the result of `roentgen.probes.train`, or a path FOLDER/NAME), or a vector of the residual
+    stream's width (a list, a NumPy array or a tensor)."""
     layer: int | None = None
-    """Where to add it; a probe's own layer if absent. Negative ones count from the end."""
+    """The layer to steer; None for a probe's own layer. Negative numbers count from the end."""
     scale: float = 1.0
-    """What it is multiplied by."""
+    """Factor of the direction."""
     hook_point: str | None = None
-    """Where to add it; a probe's own if absent, else `resid_post`."""
+    """The hook point to steer; None for a probe's own, or `resid_post` for a vector."""
     positions: str = "all"
-    """To which tokens' rows: all, prompt, generated, last_prompt or stride:k."""
+    """The token positions to steer: all, prompt, generated, last_prompt or stride:k."""
     output: int | None = None
-    """Which of a probe's directions, for one with several."""
+    """Index of the direction, for a probe with several."""
 
 
 def named_probes(given: "Probe | Sequence[Probe] | Mapping[str, Probe]") -> "dict[str, SavedProbe]":
-    """Return probes, one or several, by name: those of the mapping, or their own, `layers.12.resid_post@last_prompt`.
+    """Return one or more probes by name: the mapping's names, or their own, such as `layers.12.resid_post@last_prompt`.
 
     Raises:
-        TypeError: if one is no probe.
-        ValueError: if two have one name.
-        SavedProbeError: if there is none at a path.
+        TypeError: if one is not a probe.
+        ValueError: if two have the same name.
+        SavedProbeError: if there is no probe at a path.
     """
     if isinstance(given, Mapping):
         return {name: find_probe(probe, f"probes[{name!r}]") for name, probe in given.items()}

@@ -1,7 +1,7 @@
-"""Texts that exist already, read by a loaded model: teacher-forced capture, into memory or into a store.
+"""`Model.capture`: teacher-forced capture of existing texts, into memory or into a store.
 
-Into memory, texts are read a group at a time and given back in their order, so a list of any length takes the memory of one
-group. Into a store, it is what the command `roentgen capture` does: what the session has already is not read again.
+Into memory, texts are read one group at a time and returned in order, so a list of any length needs the memory of one group.
+Into a store, this does the same as the command `roentgen capture`: texts that the session already has are skipped.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,20 +27,20 @@ from serve_app.teacher_forcing.forced_capture import TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 
 Readable = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
-"""A text, a conversation's messages, or an object as a line of `roentgen capture` has it (docs/capture.md)."""
+"""A text, a list of messages, or an object in the format of `roentgen capture` (docs/capture.md)."""
 
 AT_ONCE = 64
-"""Texts of one group in memory; their rows are."""
+"""Number of texts per group for capture into memory, whose rows are all in memory."""
 
 STORED_AT_ONCE = 4096
-"""Texts of one group into a store; their tokens are in memory, their rows are not for long."""
+"""Number of texts per group for capture into a store, whose tokens are all in memory."""
 
 
 def transcripts_of(texts: Iterable[Readable]) -> Iterator[Transcript]:
-    """Return texts as transcripts; one without an id is called after its contents.
+    """Convert texts to transcripts; the id is a hash of the content unless it is given.
 
     Raises:
-        TranscriptError: naming the first that is none.
+        TranscriptError: if an item is not a text; the message names the first one.
     """
     return read_records(map(_record, texts), canonical_hash({"texts": "python"}))
 
@@ -55,19 +55,19 @@ def _record(text: Readable) -> Mapping[str, Any]:
         record = {"messages": [dict(message) for message in cast(Sequence[Mapping[str, Any]], text)]}
     else:
         raise TypeError(
-            f"texts: {preview(text)} is none; allowed are a text, a conversation, and an object as docs/capture.md has"
+            f"texts: {preview(text)} is not a text; allowed are a text, a list of messages, and an object as in docs/capture.md"
         )
     return {"id": canonical_hash(record), **record}
 
 
 def read(texts: Iterable[Readable], reader: Reader, *, progress: bool) -> Iterator[Rollout]:
-    """Read texts; yields each with its rows, in order.
+    """Capture texts into memory; yields a rollout for each, in order.
 
     Raises:
-        RequestError: if the model does not have what is asked for.
-        TranscriptError: naming the first that is no text.
-        UnreadableTextError: if the model cannot be given a text.
-        StoreError: if rows hold NaN or infinity, which were not allowed.
+        RequestError: if the model lacks a requested layer or hook point.
+        TranscriptError: if an item is not a text; the message names the first one.
+        UnreadableTextError: if the model cannot read a text.
+        StoreError: if rows contain NaN or infinity and that is not allowed.
     """
     try:
         forcing = TeacherForcing(reader.model, reader.engine, None, reader.request, "", chunk_size=reader.chunk_size)
@@ -115,12 +115,12 @@ def _rollout(transcript: Transcript, rollout: store.CapturedRollout) -> Rollout:
 def read_into(
     folder: str, session: str | None, texts: Iterable[Readable], reader: Reader, *, progress: bool
 ) -> CaptureReport:
-    """Read texts into a store's session, but for those that it has.
+    """Capture texts into a session of a store, except those that it already has.
 
     Raises:
-        RequestError: if the model does not have what is asked for, or the session's name is none.
-        TranscriptError: naming the first that is no text.
-        OtherCaptureError: if the session holds one of the texts, captured otherwise.
+        RequestError: if the model lacks a requested layer or hook point, or the session's name is not valid.
+        TranscriptError: if an item is not a text; the message names the first one.
+        OtherCaptureError: if the session has one of the texts, captured with other settings.
         StoreError: if the store cannot be read or written.
     """
     try:
@@ -135,7 +135,7 @@ def read_into(
     console = Console(stderr=True, quiet=not progress)
     try:
         while group := list(islice(transcripts, STORED_AT_ONCE)):
-            part = capture_into(place, name, reader, group, console, lambda said: None)
+            part = capture_into(place, name, reader, group, console, lambda text: None)
             whole.held += part.held
             whole.stored += part.stored
             whole.tokens += part.tokens
@@ -147,7 +147,7 @@ def read_into(
 
 
 def _bar(shown: bool, total: int | None) -> "tqdm[Any]":
-    """Return a bar for terminals and notebooks; tqdm's of text, which needs no widgets."""
+    """Return a progress bar for terminals and notebooks; tqdm's text bar needs no widgets."""
     console = Console(stderr=True)
     seen = shown and (console.is_terminal or console.is_jupyter)
     return tqdm(total=total, desc="reading", unit=" texts", disable=not seen)

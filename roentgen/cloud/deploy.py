@@ -1,9 +1,9 @@
-"""Deploys serve.yaml on a cluster: what cluster/start.sh does last, on the head. Run again, it changes only what changed.
+"""Deploys serve.yaml on a cluster; cluster/start.sh runs it last, on the head. A second run applies only changes.
 
-serve.yaml holds what is the same for every launch; the launch's own choices (model, store, port, replicas) come from
-cluster.yaml's variables. Both become one declarative configuration of Ray Serve, which keeps what is equal to what runs. A hash
-of the code and of the bucket's keys is part of it, so that launching again after an edit or with other keys restarts the
-replicas and launching again without either does not. Only the port cannot change while Serve runs: it is shut down for that.
+serve.yaml contains what all launches share. The launch's own settings (model, store, port, replicas) come from cluster.yaml's
+variables. Both are merged into one declarative configuration of Ray Serve, which keeps running what has not changed. The
+configuration contains a hash of the code and of the bucket's keys, so that only a launch with edited code or other keys
+restarts the replicas. The port cannot change while Serve runs, so Serve is shut down for that.
 
     python -m roentgen.cloud.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
 """
@@ -40,23 +40,23 @@ CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constra
 def render(
     config: Mapping[str, Any], environment: Mapping[str, str], nodes: int, gpus_per_node: int, version: str
 ) -> dict[str, Any]:
-    """Fill a launch's choices into serve.yaml's content.
+    """Merge a launch's settings into the content of serve.yaml.
 
     Args:
         config: serve.yaml's content.
         environment: MODEL, REVISION, DTYPE, ENGINE, TAPS, STORE, PORT, REPLICAS, MAX_REPLICAS,
-            ROENTGEN_API_KEY, AWS_ENDPOINT_URL, AWS_REGION; what is absent or empty has a default.
-        nodes: of the cluster.
-        gpus_per_node: whole GPUs.
-        version: of what replicas read when they start; they are restarted when it changes.
+            ROENTGEN_API_KEY, AWS_ENDPOINT_URL, AWS_REGION; absent and empty ones have defaults.
+        nodes: number of nodes.
+        gpus_per_node: number of GPUs per node.
+        version: hash of what replicas read when they start; they are restarted when it changes.
 
     Raises:
-        LaunchError: if a variable is not a number, or more replicas are asked for than have a place.
+        LaunchError: if a variable is not a number, or there are too many replicas for the cluster.
     """
     per_node = max(1, gpus_per_node)
     places = nodes * per_node
     (application,) = config["applications"]
-    # A model that takes several GPUs says so in serve.yaml.
+    # serve.yaml sets the number of GPUs of a model that needs several.
     given = application["args"]
     gpus = float(given.get("num_gpus", given.get("tensor_parallel_size", 1))) or 1
     if gpus_per_node and gpus > 1:
@@ -66,8 +66,8 @@ def render(
     most = _number(environment, "MAX_REPLICAS", replicas)
     if not 1 <= replicas <= most <= places:
         raise LaunchError(
-            f"REPLICAS={replicas} and MAX_REPLICAS={most}: the first may not be larger than the second, and "
-            f"{nodes} nodes with {gpus_per_node} GPUs have a place for 1 to {places}"
+            f"REPLICAS={replicas} and MAX_REPLICAS={most}: REPLICAS may not exceed MAX_REPLICAS, and {nodes} nodes with "
+            f"{gpus_per_node} GPUs have room for 1 to {places} replicas"
         )
     args = {
         **application["args"],
@@ -99,16 +99,16 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise LaunchError(f"{name}={text}: allowed is a whole number")
+        raise LaunchError(f"{name}={text}: not an integer")
     return int(text)
 
 
 def version_hash(keys: Path, root: Path = ROOT) -> str:
-    """Return a hash of what replicas read when they start: their code, and the keys of the bucket.
+    """Return a hash of what replicas read when they start: the code and the bucket's keys.
 
     Args:
-        keys: AWS's file of keys; it need not exist.
-        root: of the code.
+        keys: AWS's credentials file; it need not exist.
+        root: root folder of the code.
     """
     digest = hashlib.sha256(keys.read_bytes() if keys.exists() else b"")
     for pattern in CODE:
@@ -118,24 +118,24 @@ def version_hash(keys: Path, root: Path = ROOT) -> str:
 
 
 def wait_for_nodes(wanted: int, timeout_s: float = NODES_TIMEOUT_S) -> None:
-    """Wait until so many nodes are alive in the Ray that this process is connected to.
+    """Wait until a number of nodes are alive in the connected Ray cluster.
 
     Raises:
-        LaunchError: if they are not in time.
+        LaunchError: if they are not alive in time.
     """
     import ray
 
     deadline = time.monotonic() + timeout_s
-    # Of those that are listed some may be dead: a node that comes back is another one to Ray.
+    # Ray also lists dead nodes, and a node that rejoins counts as a new one.
     while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
         if time.monotonic() > deadline:
             raise LaunchError(f"only {alive} of {wanted} nodes joined within {timeout_s:.0f} s")
-        _say(f"{alive} of {wanted} nodes are here")
+        _log(f"{alive} of {wanted} nodes have joined")
         time.sleep(3)
 
 
 def wait_until_deployed(timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
-    """Wait until every replica is that of the newest configuration; until then an older one may still answer.
+    """Wait until every replica has the newest configuration; until then an older replica may still answer.
 
     Raises:
         LaunchError: if the application cannot be deployed, or not in time.
@@ -143,24 +143,24 @@ def wait_until_deployed(timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
     from ray import serve
 
     deadline = time.monotonic() + timeout_s
-    said = ""
+    last = ""
     while (found := serve.status().applications.get(APP_NAME)) is None or found.status != "RUNNING":
         if found is not None and found.status == "DEPLOY_FAILED":
             raise LaunchError(f"Serve cannot deploy: {found.message}")
         if time.monotonic() > deadline:
-            raise LaunchError(f"not deployed after {timeout_s:.0f} s: {found.message if found else 'not begun'}")
+            raise LaunchError(f"not deployed after {timeout_s:.0f} s: {found.message if found else 'not started'}")
         waiting_for = [name for name, one in found.deployments.items() if one.status != "HEALTHY"] if found else []
-        if waiting_for and said != (said := f"starting replicas: {', '.join(waiting_for)}"):
-            _say(said)
+        if waiting_for and last != (last := f"starting replicas: {', '.join(waiting_for)}"):
+            _log(last)
         time.sleep(1)
 
 
 def main(
-    address: Annotated[str, typer.Option(help="Our Ray, HOST:PORT.")],
-    nodes: Annotated[int, typer.Option(help="Of the cluster.")],
-    gpus_per_node: Annotated[int, typer.Option(help="Whole GPUs.")] = 0,
+    address: Annotated[str, typer.Option(help="Address of the Ray cluster, HOST:PORT.")],
+    nodes: Annotated[int, typer.Option(help="Number of nodes.")],
+    gpus_per_node: Annotated[int, typer.Option(help="Number of GPUs per node.")] = 0,
 ) -> None:
-    """Deploy serve.yaml and return when the model answers at every address; exit code 2 if it cannot."""
+    """Deploy serve.yaml and wait until the model is ready at every address. The exit code is 2 on failure."""
     try:
         version = version_hash(Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]))
         config = render(yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, version)
@@ -168,17 +168,17 @@ def main(
             wait_for_nodes(nodes)
             deploy(config)
             wait_until_deployed()
-        # A node's proxy comes up after the replica behind it.
+        # A node's proxy starts after its replica.
         for url in os.environ["ROENTGEN_BASE_URL"].split(","):
-            wait_until_ready(url.removesuffix("/v1"), _say)
+            wait_until_ready(url.removesuffix("/v1"), _log)
     except (ClusterError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    _say(f"serving {os.environ['MODEL']} at {os.environ['ROENTGEN_BASE_URL']}, activations in {os.environ['STORE']}")
+    _log(f"serving {os.environ['MODEL']} at {os.environ['ROENTGEN_BASE_URL']}, activations in {os.environ['STORE']}")
 
 
 def deploy(config: dict[str, Any]) -> None:
-    """Hand a configuration to the Serve of the Ray that this process is connected to.
+    """Apply a configuration to Serve on the connected Ray cluster.
 
     Raises:
         LaunchError: if Serve refuses it.
@@ -186,18 +186,18 @@ def deploy(config: dict[str, Any]) -> None:
     from ray import serve
 
     with connect(SERVE, os.environ["RAY_AUTH_TOKEN"], 120) as client:
-        listens = _asked(client, "GET").json().get("http_options") or {}
+        listens = _request(client, "GET").json().get("http_options") or {}
         if any(listens.get(name, wanted) != wanted for name, wanted in config["http_options"].items()):
-            _say(f"Serve listens at {listens['host']}:{listens['port']}: starting it anew")
+            _log(f"Serve listens on {listens['host']}:{listens['port']}; restarting it")
             serve.shutdown()
         put(client, config)
 
 
 def put(client: Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> None:
-    """Hand a configuration to Serve, which starts if it does not run.
+    """Send a configuration to Serve, which starts if it does not run; retry after a 5xx.
 
-    On a slow machine a proxy may not be up when Serve looks; Serve then ends it, answers 500 and starts another: asked again,
-    it answers. What is wrong with the configuration itself is a 4xx.
+    On a slow machine a proxy may not be ready in time. Serve then stops it, answers 500 and starts another, so a retry
+    succeeds. Errors in the configuration itself are 4xx.
 
     Raises:
         LaunchError: if Serve refuses it, or still fails after `timeout_s`.
@@ -205,33 +205,33 @@ def put(client: Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            _asked(client, "PUT", config)
+            _request(client, "PUT", config)
         except _ServeFailedError:
             if time.monotonic() > deadline:
                 raise
-            _say("Serve is not up yet: asking again")
+            _log("Serve is not ready yet; retrying")
             time.sleep(RETRY_S)
         else:
             return
 
 
 class _ServeFailedError(LaunchError):
-    """Serve answered 5xx: asked again, it may do what it could not."""
+    """Serve answered 5xx; a retry may succeed."""
 
 
-def _asked(client: Client, method: str, body: dict[str, Any] | None = None) -> Response:
+def _request(client: Client, method: str, body: dict[str, Any] | None = None) -> Response:
     try:
         answer = client.request(method, SERVE, json=body)
     except HTTPError as error:
         raise LaunchError(f"Ray's dashboard {explain(error)}") from error
     if answer.is_server_error:
-        raise _ServeFailedError(f"Serve cannot take the {APP_NAME} application: {answer.text[-2000:]}")
+        raise _ServeFailedError(f"Serve failed to accept the application {APP_NAME}: {answer.text[-2000:]}")
     if answer.is_error:
-        raise LaunchError(f"Serve refused the {APP_NAME} application: {answer.status_code}: {answer.text[-2000:]}")
+        raise LaunchError(f"Serve refused the application {APP_NAME}: {answer.status_code}: {answer.text[-2000:]}")
     return answer
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, flush=True)
 
 

@@ -1,10 +1,10 @@
-"""`roentgen eval --launch`: bring a cluster up, evaluate there, fetch the results, and take down what was created.
+"""`roentgen eval --launch`: brings up a cluster, evaluates there, fetches the results, and takes down what it created.
 
-The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. Files that its options name go there
-first. The run directory is always fetched, and a run that is here already goes there too, so that the same command continues
-it on any cluster. Activations are fetched if asked, or if they would end with the cluster; in a bucket they stay readable.
-Whatever happens, also Ctrl-C, a cluster that was created here is taken down, unless it is to keep running; one that was there
-is left alone.
+The evaluation runs as a SkyPilot job on the cluster, so that autostop notices it. Files that its options name are copied there
+first. The run directory is always fetched. An existing run directory is copied to the cluster too, so that the same command
+continues it on any cluster. Activations are fetched if requested, or if they would be lost with the cluster; in a bucket they
+stay readable. In every case, including Ctrl-C, a cluster that was created here is taken down, unless it must keep running; an
+existing cluster is left as it is.
 """
 
 import shlex
@@ -31,16 +31,16 @@ REMOTE_FILES = "~/runs/.files"
 
 
 class Afterwards(BaseModel):
-    """What is done when the evaluation is over."""
+    """What to do after the evaluation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep_running: bool = False
-    """Leave a cluster that was created for this running."""
+    """Keep a newly created cluster running."""
     transfer_activations: bool | None = None
-    """Fetch the activations too; if absent, those that would end with a cluster that is taken down."""
+    """Whether to fetch the activations; None fetches those that would be lost with the cluster."""
     output: Path | None = None
-    """The run directory here."""
+    """The local run directory."""
 
 
 def launch_and_evaluate(
@@ -54,16 +54,16 @@ def launch_and_evaluate(
     """Evaluate on a cluster.
 
     Args:
-        settings: of the cluster.
-        options: of the evaluation, as `python -m eval_jobs` takes them, without --output and those that name files.
-        afterwards: what is done when it is over.
+        settings: the cluster's settings.
+        options: arguments for `python -m eval_jobs`, without --output and options that name files.
+        afterwards: what to do after the evaluation.
         sky: SkyPilot.
-        stage: told what is being done.
-        files: per option that names a file, or something in a Python file (`file.py:name`), what it names here. With a Python
-            file go the modules of its folder that it has imported here.
+        stage: called with each stage.
+        files: local files, or objects in Python files (`file.py:name`), by the option that names them. Modules of the same
+            folder that a Python file has imported are copied with it.
 
     Returns:
-        The run directory here.
+        The local run directory.
 
     Raises:
         LaunchError: if the cluster, the evaluation or taking it down fails, or its activations would be lost.
@@ -75,17 +75,17 @@ def launch_and_evaluate(
         head = Head(launched.name)
         there = f"{REMOTE_RUNS}/{output.name}"
         if (output / "config.json").exists():
-            stage(f"taking {output} there, to continue it")
+            stage(f"copying {output} to the cluster, to continue it")
             head.push(output, there.removeprefix("~/"), leave_out="activations")
         copies, words = sent_files(files)
         for file, folder in copies:
             head.push_file(file, folder)
-        stage(f"evaluating; the run directory there is {there}")
+        stage(f"evaluating; the run directory on the cluster is {there}")
         nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
         asked = " ".join([shlex.join(options), f"--output {there}", *words])
         command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={asked}"]
         code, last = sky.stream(command, stage)
-        # Also of an evaluation that failed: what is finished is worth having.
+        # Also fetch a failed evaluation, for its finished samples.
         stage(f"fetching {there}")
         fetched = _fetch(head, there.removeprefix("~/"), output, stage)
         ends = launched.created and not afterwards.keep_running
@@ -98,9 +98,9 @@ def launch_and_evaluate(
 
 
 def sent_files(files: Mapping[str, Path | str]) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Return which files go into which folder of the head's home, and the options that name them there.
+    """Return the files to copy with their target folders on the head, and the options that name them there.
 
-    Each folder here has one of its own there: files of one name do not meet, and a Python file finds its neighbors.
+    Each local folder has its own folder there, so that equal names do not collide and a Python file finds its neighbors.
     """
     places: dict[Path, str] = {}
     copies, words = [], []
@@ -115,15 +115,15 @@ def sent_files(files: Mapping[str, Path | str]) -> tuple[list[tuple[Path, str]],
 
 
 def _check_kept(settings: ClusterSettings, afterwards: Afterwards, launched: Launched) -> None:
-    """Refuse to take activations down with the cluster that they are on.
+    """Refuse a launch whose activations would be lost with the cluster.
 
     Raises:
-        LaunchError: naming the ways out.
+        LaunchError: if they would be lost.
     """
     stays = afterwards.keep_running or not launched.created or "://" in settings.store
     if afterwards.transfer_activations is False and not stays:
         raise LaunchError(
-            "--remote-storage-only: the activations would end with the cluster: add --keep-running, or a --store that "
+            "--remote-storage-only: the activations would be lost with the cluster; add --keep-running, or a --store that "
             "outlives it (s3://BUCKET/FOLDER)"
         )
 
@@ -138,7 +138,7 @@ def _fetch(head: Head, there: str, here: Path, stage: Callable[[str], None]) -> 
 
 
 def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -> None:
-    """Fetch a run's session into `activations/` beside the run.
+    """Fetch a run's session into `activations/` in the run directory.
 
     Raises:
         LaunchError: if it cannot be copied.
@@ -146,10 +146,10 @@ def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -
     try:
         uris = {ref.uri for sample in Run(output).read_samples() for ref in sample.rollouts}
     except RunError as error:
-        raise LaunchError(f"the run that came back cannot be read: {error}") from error
+        raise LaunchError(f"the fetched run cannot be read: {error}") from error
     for uri in sorted(uris):
         if "://" in uri:
-            stage(f"{uri} is an object store, which is read from anywhere: nothing to fetch")
+            stage(f"{uri} is in an object store and stays readable; not fetched")
             continue
         target = output / "activations" / Path(uri).name
         stage(f"fetching {uri} to {target}")
@@ -160,7 +160,7 @@ def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -
 def _taken_down(
     sky: SkyPilot, keep_running: bool, stage: Callable[[str], None]
 ) -> Iterator[Callable[[Launched], None]]:
-    """Take down what was claimed and created inside, however that ends: SIGTERM counts as Ctrl-C, and a second one waits."""
+    """Take down the clusters that were created in the context, however it ends; SIGTERM is handled like Ctrl-C."""
     claimed: list[Launched] = []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -174,20 +174,22 @@ def _taken_down(
 def _take_down(claimed: list[Launched], sky: SkyPilot, keep_running: bool, stage: Callable[[str], None]) -> None:
     for launched in claimed:
         if not launched.created:
-            stage(f"{launched.name} was there before and is left running")
+            stage(f"{launched.name} existed before and keeps running")
         elif keep_running:
-            stage(f"{launched.name} is kept running and COSTS MONEY until `roentgen cluster down {launched.name}`")
+            stage(f"{launched.name} keeps running and COSTS MONEY until `roentgen cluster down {launched.name}`")
         elif sky.find(launched.name) is None:
             stage(f"{launched.name} does not exist: nothing to take down")
         else:
             stage(f"taking {launched.name} down")
             gone = sky.down(launched.name, stage)
-            stage(f"{launched.name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone")
+            stage(
+                f"{launched.name} is down: its provider confirms that {', '.join(gone) or 'every instance'} is terminated"
+            )
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C, as commands started inside then do too: half a teardown is a machine that goes on costing money."""
+    """Ignore Ctrl-C, also in commands started inside: an interrupted teardown would leave a machine that costs money."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A launched cluster's head node, by ssh: SkyPilot writes the host names into the user's ssh configuration."""
+"""Access to a launched cluster's head node over ssh; SkyPilot adds the host names to the user's ssh configuration."""
 
 import shlex
 import subprocess
@@ -26,11 +26,11 @@ class Head:
         return ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", self.name, command]
 
     def in_project(self, *arguments: str) -> str:
-        """Return a shell command that runs one of our programs on the node, with what the start script kept for it."""
+        """Return a shell command that runs a program of the project on the node, in the start script's environment."""
         return f"cd ~/{WORKDIR} && . ~/.roentgen/env && .venv/bin/{shlex.join(arguments)}"
 
     def run(self, command: str, timeout: float = 120) -> str:
-        """Run a shell command on the node and return what it prints.
+        """Run a shell command on the node and return its output.
 
         Raises:
             LaunchError: if it fails, or the node does not answer.
@@ -44,7 +44,7 @@ class Head:
         return done.stdout
 
     def environment(self) -> dict[str, str]:
-        """Return the secrets and addresses that the start script keeps on the node; empty if nothing was started there.
+        """Return the secrets and addresses that the start script stored on the node; empty if it has not run.
 
         Raises:
             LaunchError: if the node does not answer.
@@ -54,7 +54,7 @@ class Head:
         return {name: value for name, value in pairs if value}
 
     def fetch(self, remote: str, local: Path) -> None:
-        """Copy a folder's content from the node; what is here already is not copied again.
+        """Copy a folder's content from the node, except files that are already here.
 
         Raises:
             LaunchError: if it cannot be copied.
@@ -63,7 +63,7 @@ class Head:
         self._copy(f"{self.name}:{remote}/", f"{local}/")
 
     def push(self, local: Path, remote: str, *, leave_out: str) -> None:
-        """Copy a folder's content to the node, but for one folder in it; what is newer there stays.
+        """Copy a folder's content to the node, except one subfolder; newer files there are kept.
 
         Raises:
             LaunchError: if it cannot be copied.
@@ -89,18 +89,18 @@ class Head:
 
     @contextmanager
     def tunnel(self, port: int, *, replace: bool) -> Iterator[str]:
-        """Open a tunnel to a port of the node; yields its base address here.
+        """Open a tunnel to a port of the node within a context; yields its local address.
 
         Args:
-            port: there and here.
-            replace: end a tunnel or a server of ours that has the port here.
+            port: the port, there and here.
+            replace: stop a Roentgen tunnel or server that uses the local port.
 
         Raises:
-            LaunchError: if something else has the port here, or the tunnel does not come up.
+            LaunchError: if another process uses the local port, or the tunnel does not open.
         """
         if listener := find_listener(port):
             if not (replace and listener.is_ours):
-                raise LaunchError(f"{listener}; end it, or choose another --port")
+                raise LaunchError(f"{listener}; stop it, or choose another --port")
             stop(listener)
         options = ["-N", "-o", "BatchMode=yes", "-o", "ExitOnForwardFailure=yes", "-L", f"{port}:localhost:{port}"]
         process = subprocess.Popen(
@@ -111,8 +111,8 @@ class Head:
             while find_listener(port) is None:
                 if process.poll() is not None or time.monotonic() > deadline:
                     process.kill()
-                    said = process.communicate()[1].strip()
-                    raise LaunchError(f"no tunnel to {self.name}: {said or 'ssh did not connect'}")
+                    output = process.communicate()[1].strip()
+                    raise LaunchError(f"no tunnel to {self.name}: {output or 'ssh did not connect'}")
                 time.sleep(0.1)
             yield f"http://{HOST}:{port}"
         finally:
@@ -120,7 +120,7 @@ class Head:
             process.wait()
 
     def tail(self, lines: int = 40) -> str:
-        """Return the ends of the logs that say why a server did not start, Serve's; or why they cannot be read."""
+        """Return the last lines of Serve's newest logs, or why they cannot be read."""
         logs = "/tmp/ray/session_latest/logs/serve"
         shown = f'for f in $(ls -t {logs}/*.log 2>/dev/null | head -3); do echo "== $f"; tail -n {lines} $f; done'
         try:

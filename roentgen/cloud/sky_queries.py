@@ -1,9 +1,9 @@
-"""Asks SkyPilot's own code what its command line does not tell. Runs in SkyPilot's environment, so it imports nothing of ours.
+"""Queries SkyPilot's Python API. It runs in SkyPilot's environment, so it imports nothing from this project.
 
     python sky_queries.py where CLUSTER           -> {"provider": "aws", "name": …, "name_on_cloud": …, "config": {…}}
-    python sky_queries.py instances WHERE         -> ["i-0123…"], those that the provider has not ended
+    python sky_queries.py instances WHERE         -> ["i-0123…"], instances that are not terminated
 
-`sky down` returns when the provider has accepted to end the instances, and forgets them; this asks the provider itself.
+`sky down` returns and forgets the instances once the provider has accepted their termination; this queries the provider.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def where(name: str) -> dict[str, Any]:
-    """Return what it takes to ask a cluster's provider about it."""
+    """Return the arguments for querying a cluster's provider."""
     from sky import global_user_state
 
     handle = global_user_state.get_handle_from_cluster_name(name)
@@ -22,7 +22,7 @@ def where(name: str) -> dict[str, Any]:
 
 
 def instances(of: dict[str, Any]) -> list[str]:
-    """Return the ids of the instances that the provider has not ended."""
+    """Return the ids of the instances that are not terminated."""
     from sky import provision
 
     found = provision.query_instances(
@@ -32,7 +32,7 @@ def instances(of: dict[str, Any]) -> list[str]:
 
 
 def _not_ended_on_aws(ids: list[str], region: str) -> list[str]:
-    """Ask EC2, because SkyPilot takes an instance that is shutting down for one that has ended."""
+    """Query EC2, because SkyPilot counts an instance that is shutting down as terminated."""
     from sky.adaptors import aws
 
     if not ids:

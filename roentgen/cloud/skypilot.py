@@ -1,8 +1,8 @@
-"""SkyPilot, as a command: the launcher's only way to a cloud.
+"""Runs SkyPilot's `sky` command, which launches and manages clusters in clouds.
 
-SkyPilot and the server need different versions of click, so they cannot share an environment, and `sky` is a program here: the
-one that $ROENTGEN_SKY names, the one of `make cloud-env`, or the one on the PATH. SkyPilot alone records which clusters there
-are.
+SkyPilot and the server need different versions of click and cannot share an environment, so `sky` runs as a program: the one
+that $ROENTGEN_SKY names, the one installed by `make cloud-env`, or the one on the PATH. Only SkyPilot records which clusters
+exist.
 """
 
 import json
@@ -23,23 +23,23 @@ SKY_QUERIES = Path(__file__).parent / "sky_queries.py"
 GONE_TIMEOUT_S = 300.0
 
 JOB_FAILED = 100
-"""SkyPilot's exit code for a job that ran and failed; others mean that it did not run."""
+"""SkyPilot's exit code for a job that ran and failed; other codes mean that it did not run."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster as SkyPilot knows it."""
+    """A cluster in SkyPilot's records."""
 
     name: str
     """The cluster's name."""
     status: str
     """UP, INIT or STOPPED."""
     nodes: int
-    """How many it has."""
+    """Number of nodes."""
     resources: str
-    """What it runs on, in SkyPilot's words."""
+    """Its machines, in SkyPilot's notation."""
     autostop: int
-    """Idle minutes after which it stops, -1 for never."""
+    """Idle minutes after which it terminates itself; -1 for never."""
 
 
 class SkyPilot:
@@ -49,7 +49,7 @@ class SkyPilot:
         """Find the command.
 
         Args:
-            command: its path; found if absent.
+            command: its path; None searches for it.
 
         Raises:
             LaunchError: if SkyPilot is not installed.
@@ -58,8 +58,9 @@ class SkyPilot:
         found = command or os.environ.get("ROENTGEN_SKY") or (str(own) if own.exists() else shutil.which("sky"))
         if found is None:
             raise LaunchError(
-                "SkyPilot is not here: `make cloud-env` installs it into .venv-cloud (it cannot share an environment with the "
-                "server's packages), or put `sky` on the PATH"
+                "SkyPilot is not installed: run `make cloud-env`, which installs it into .venv-cloud (it cannot share an "
+                "environment "
+                "with the server's packages), or put `sky` on the PATH"
             )
         self.command = found
 
@@ -67,29 +68,29 @@ class SkyPilot:
         """List the clusters.
 
         Args:
-            refresh: ask the clouds too, instead of SkyPilot's own notes.
+            refresh: also query the clouds, instead of only SkyPilot's records.
 
         Raises:
-            LaunchError: if SkyPilot cannot say.
+            LaunchError: if SkyPilot fails.
         """
         listed = self._json(["status", *(["--refresh"] if refresh else []), "-o", "json"])
         return [_cluster(entry) for entry in listed]
 
     def find(self, name: str, *, refresh: bool = False) -> Cluster | None:
-        """Return a cluster by name, None if there is none."""
+        """Return a cluster by name; None if it does not exist."""
         return next((cluster for cluster in self.clusters(refresh=refresh) if cluster.name == name), None)
 
     def cost(self, name: str) -> list[dict[str, Any]]:
-        """Return what SkyPilot reckons that clusters of a name have cost, newest first."""
+        """Return SkyPilot's estimates of the cost of clusters with a name, newest first."""
         listed = self._json(["cost-report", "--all", "-o", "json"])
         return [entry for entry in listed if entry.get("name") == name]
 
     def stream(
         self, arguments: Sequence[str], say: Callable[[str], None], environment: Mapping[str, str] | None = None
     ) -> tuple[int, list[str]]:
-        """Run a command, passing on every line it prints; returns its exit code and its last lines.
+        """Run a command and pass on every line it prints; return its exit code and its last lines.
 
-        On Ctrl-C the command gets the same signal, as it has the same terminal, and is waited for.
+        On Ctrl-C the command gets the same signal, because it shares the terminal; wait for it to exit.
         """
         last: deque[str] = deque(maxlen=40)
         with subprocess.Popen(
@@ -109,44 +110,44 @@ class SkyPilot:
         return process.returncode, list(last)
 
     def down(self, name: str, say: Callable[[str], None], timeout_s: float = GONE_TIMEOUT_S) -> list[str]:
-        """Take a cluster down and wait until its provider says that the instances are gone.
+        """Terminate a cluster and wait until its provider confirms that the instances are terminated.
 
         Args:
-            name: of the cluster.
-            say: told what is being done.
-            timeout_s: how long the provider may take after `sky down` has ended.
+            name: name of the cluster.
+            say: called with each line of progress.
+            timeout_s: time limit for the provider after `sky down` has ended.
 
         Returns:
-            The ids of the instances that are gone.
+            The ids of the terminated instances.
 
         Raises:
-            LaunchError: if there is no such cluster, `sky down` fails, or instances are still there.
+            LaunchError: if the cluster does not exist, `sky down` fails, or instances still run.
         """
         if self.find(name) is None:
-            raise LaunchError(f"there is no cluster {name!r}: `sky status --refresh` lists what there is")
-        # SkyPilot forgets where the instances were once they are asked to end, so this comes first.
+            raise LaunchError(f"there is no cluster {name!r}; `sky status --refresh` lists the clusters")
+        # SkyPilot forgets where the instances are once it has terminated them, so query this first.
         where = self._in_sky("where", name)
         had = self._in_sky("instances", json.dumps(where))
-        # `--graceful` waits for what mounted buckets still have to upload.
+        # `--graceful` waits for pending uploads of mounted buckets.
         code, last = self.stream(["down", "--yes", "--graceful", name], say)
         if code:
             raise LaunchError(
                 f"`sky down {name}` failed: INSTANCES MAY STILL RUN AND COST MONEY; see `sky status --refresh` and the "
-                "provider's console. It said:\n" + "\n".join(last)
+                "provider's console. Its output:\n" + "\n".join(last)
             )
         deadline = time.monotonic() + timeout_s
         while left := self._in_sky("instances", json.dumps(where)):
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"{where['provider']} still has instances of {name} after {timeout_s:.0f} s: {', '.join(left)}. THEY COST "
-                    "MONEY; end them in the provider's console"
+                    "MONEY; terminate them in the provider's console"
                 )
-            say(f"waiting for {where['provider']} to end {', '.join(left)}")
+            say(f"waiting for {where['provider']} to terminate {', '.join(left)}")
             time.sleep(3)
         return list(had)
 
     def _in_sky(self, *arguments: str) -> Any:
-        """Ask SkyPilot's own code, in its environment, what its command line does not tell."""
+        """Query SkyPilot's Python API in its environment, for what its command line does not report."""
         python = Path(self.command).parent / "python"
         command = [str(python) if python.exists() else "python3", str(SKY_QUERIES), *arguments]
         return _read(subprocess.run(command, capture_output=True, text=True, check=False), "SkyPilot's state")
@@ -157,7 +158,7 @@ class SkyPilot:
 
 
 def _read(done: subprocess.CompletedProcess[str], what: str) -> Any:
-    """Read the JSON that a command ends its output with; SkyPilot prints hints before it."""
+    """Parse the JSON at the end of a command's output; SkyPilot prints hints before it."""
     if done.returncode == 0:
         lines = done.stdout.splitlines()
         for number, line in enumerate(lines):

@@ -1,14 +1,14 @@
-"""`roentgen up`: a cluster that serves the model, and the proof that it does.
+"""`roentgen up`: brings up a cluster that serves a model, and checks it.
 
-Which cluster, first that applies: the one that is named (`cluster`), which must run; with `reuse` the one called `name`, which
-is started again if it is stopped; a new one. A new one never takes the name of one that exists, since SkyPilot would silently
-use that.
+It uses the first of these clusters that applies: the one given by `cluster`, which must run; with `reuse`, the one called
+`name`, which is restarted if it is stopped; a new one. A new cluster never has the name of an existing one, since SkyPilot
+would silently use that.
 
-cluster.yaml is rewritten for the launch and handed to `sky launch`, which provisions, syncs, installs and runs the start
-script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as
-SkyPilot's secrets (through the environment: never on a command line) and are kept there; they are read back over ssh, never
-printed. A cluster keeps its keys and its store: a node that is provisioned in place of a lost one needs those of the others. A
-bucket's keys and address, where this machine's environment has any, go the same way.
+cluster.yaml is rewritten for the launch and passed to `sky launch`, which provisions, syncs, installs and runs the start
+script. If nothing must be synced, `sky exec` only runs the start script. Keys are generated here and passed to the nodes as
+SkyPilot secrets (through the environment, never on a command line). The nodes keep them; they are read back over ssh and never
+printed. A cluster keeps its keys and its store, because a node that replaces a lost one needs those of the others. A bucket's
+keys and address are passed in the same way, if this machine's environment has them.
 """
 
 import os
@@ -30,23 +30,23 @@ TASK = ROOT / "cluster.yaml"
 MADE_HERE = ("RAY_AUTH_TOKEN", VARIABLE)
 BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 BUCKET_ADDRESS = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_REGION": "AWS_DEFAULT_REGION"}
-"""On the nodes, and how else it may be called here: AWS_ENDPOINT_URL would move SkyPilot's own requests, too."""
+"""Variables on the nodes, and their other names here: AWS_ENDPOINT_URL would redirect SkyPilot's own requests, too."""
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A cluster that serves."""
+    """A cluster that serves a model."""
 
     name: str
     """The cluster's name."""
     created: bool
-    """Whether it was provisioned by this launch, and so is this launch's to take down."""
+    """Whether this launch provisioned it, and so may take it down."""
     port: int
     """The server's port."""
 
     @property
     def next_commands(self) -> list[str]:
-        """What one does next."""
+        """Commands to run next."""
         ray = DASHBOARD_PORT
         return [
             f"ssh -N -L {self.port}:localhost:{self.port} -L {ray}:localhost:{ray} {self.name}   # the server and Ray, here",
@@ -62,7 +62,7 @@ def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None
     """Return the cluster to use, None for a new one.
 
     Raises:
-        LaunchError: if the one that is named does not run, or a new one would take the name of one that exists.
+        LaunchError: if the given cluster does not run, or a new one would have the name of an existing one.
     """
     there = {cluster.name: cluster for cluster in clusters}
     found = there.get(settings.wanted)
@@ -72,18 +72,18 @@ def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None
         raise LaunchError(f"--cluster: {settings.cluster!r} {state}; running: {running}")
     if found is not None and settings.cluster is None and not settings.reuse:
         raise LaunchError(
-            f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
+            f"--name: a cluster {found.name!r} exists ({found.status}); use it with --reuse, or choose another --name"
         )
     if settings.skip_sync and (found is None or found.status != "UP"):
-        raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
+        raise LaunchError("--skip-sync: not possible on a new cluster, where nothing is installed; give a running one")
     return found
 
 
 def kept_on(found: Cluster | None) -> dict[str, str]:
-    """Return the keys and the store that a cluster has, to hand them on to nodes that are new in it.
+    """Return the keys and the store of an existing cluster, for its new nodes.
 
     Raises:
-        LaunchError: if it runs and does not answer.
+        LaunchError: if it runs but does not answer.
     """
     if found is None:
         return {}
@@ -92,18 +92,18 @@ def kept_on(found: Cluster | None) -> dict[str, str]:
     except LaunchError:
         if found.status == "UP":
             raise
-        return {}  # stopped, or without its head: its Ray is gone, and the next one gets other keys
+        return {}  # stopped, or without its head: Ray is gone, and the next one gets new keys
 
 
 def given_to(
     settings: ClusterSettings, kept: Mapping[str, str], environment: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return what a launch hands to the nodes: secrets, and variables that are none.
+    """Return the secrets and the other variables that a launch passes to the nodes.
 
     Args:
-        settings: of the launch.
-        kept: what the cluster has already.
-        environment: this machine's.
+        settings: the launch's settings.
+        kept: variables that the cluster already has.
+        environment: this machine's environment.
     """
     secret = {name: kept.get(name) or environment.get(name) or secrets.token_hex(32) for name in MADE_HERE}
     plain = {"STORE": settings.store}
@@ -125,23 +125,23 @@ def up(
     accept: Callable[[Launched], None] = lambda _: None,
     check: bool = True,
 ) -> Launched:
-    """Bring up a cluster that serves the model.
+    """Bring up a cluster that serves a model.
 
     Args:
-        settings: what it is to be.
+        settings: the cluster's settings.
         sky: SkyPilot.
-        stage: told what is being done.
-        claim: told of the cluster before anything is provisioned, so that it can be taken down whatever happens then.
-        accept: told of it before that, and may refuse it.
-        check: whether to check it with `smoke`.
+        stage: called with each stage.
+        claim: called with the cluster before anything is provisioned, so that it can be taken down whatever happens.
+        accept: called with the cluster before `claim`; it may raise an error to refuse it.
+        check: whether to check the server with `smoke`.
 
     Raises:
-        LaunchError: if it cannot be brought up; the message ends with the log that says why.
+        LaunchError: if the cluster cannot be brought up; the message ends with the relevant log.
     """
     if not TASK.exists():
         raise LaunchError(
-            "a launch sends the repository to the nodes, and this Roentgen was installed without it: install it from a clone "
-            "(`make install` there) and launch from that"
+            "a launch copies the repository to the nodes, but this Roentgen was installed without it: install it from a clone "
+            "(run `make install` there) and launch from the clone"
         )
     stage("asking SkyPilot which clusters run")
     found = choose(settings, sky.clusters(refresh=True))
@@ -156,10 +156,10 @@ def up(
 
 
 def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> None:
-    """Check the server on its own node, which counts, and through a tunnel, which is reported.
+    """Check the server on its own node, and through a tunnel; a failure through the tunnel is only reported.
 
     Raises:
-        LaunchError: if it fails on its own node, with the end of the log.
+        LaunchError: if the check on the node fails; the message ends with the log.
     """
     head = Head(launched.name)
     stage("smoke test on the head node")
@@ -173,9 +173,9 @@ def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> No
     try:
         with head.tunnel(launched.port, replace=True) as base:
             smoke(base, key, stage)
-        stage("reached through a tunnel too")
+        stage("also reached through a tunnel")
     except LaunchError as error:
-        stage(f"not reached from here, which does not matter to the cluster: {error}")
+        stage(f"not reached from this machine (the cluster works): {error}")
 
 
 def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, stage: Callable[[str], None]) -> None:
@@ -185,7 +185,7 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
     flags += [part for variable, text in plain.items() for part in ("--env", f"{variable}={text}")]
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "cluster.yaml"
-        # A cluster that runs keeps its size: rank and number of nodes come from it.
+        # A running cluster keeps its number of nodes.
         nodes = {"nodes": found.nodes} if found else {}
         write(TASK, task, settings.model_copy(update=nodes), exists=found is not None)
         if settings.skip_sync:
@@ -194,8 +194,8 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
             command = ["launch", "--yes", "--cluster", name, str(task), *flags]
         code, last = sky.stream(command, stage, secret)
         if code not in (0, JOB_FAILED) and found is not None:
-            # After the loss of a node SkyPilot's own Ray is healed by one launch and used by the next.
-            stage("trying once more")
+            # After a node is lost, one launch repairs SkyPilot's own Ray, and the next one can use it.
+            stage("retrying once")
             code, last = sky.stream(command, stage, secret)
     if code == JOB_FAILED:
         raise LaunchError(f"the start script failed on {name}:\n" + "\n".join(last))

@@ -1,21 +1,21 @@
-"""How a message speaks of what a user's function did: what it returned, and where it failed."""
+"""Formats what a user's function returned or raised, for error messages."""
 
 import traceback
 from pathlib import Path
 from typing import Any
 
 LONGEST = 200
-"""Characters of a value that are shown."""
+"""Maximum number of characters of a value."""
 
 
 def preview(value: Any) -> str:
-    """Return a value and its type, shortened: `'yes' (str)`."""
+    """Return a value, shortened, and its type: `'yes' (str)`."""
     text = repr(value)
     return f"{text if len(text) <= LONGEST else text[:LONGEST] + '…'} ({type(value).__name__})"
 
 
 def format_error(error: BaseException) -> str:
-    """Return an exception with the line that it comes from: the last one that is no library's."""
+    """Return an exception's text with the last line of user code that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [
         frame
@@ -27,4 +27,4 @@ def format_error(error: BaseException) -> str:
 
 
 _package = Path(__file__).parents[2] / "eval_jobs"
-"""Whoever called the user's function."""
+"""The package that calls users' functions."""

@@ -1,8 +1,8 @@
 """Finds an extension by its name or by a reference to it.
 
-`module:function` is imported as `python -m` would, with the working directory first on the path; `path/to/file.py:function`
-with the file's own folder first, so that a file may import its neighbors. What is behind the colon may be any attribute, also
-one that is no function, and may have dots.
+`module:function` is imported like `python -m`, with the working directory first on the path. `path/to/file.py:function` is
+imported with the file's folder first, so that the file may import its neighbors. The part after the colon may be any
+attribute, also with dots.
 """
 
 import hashlib
@@ -34,55 +34,55 @@ HOW_TO_REFER = "a reference, module:name or path/to/file.py:name"
 
 
 class ExtensionError(RoentgenError, ValueError):
-    """An extension cannot be found or loaded; the message says what was looked for, and where."""
+    """An extension cannot be found or loaded; the message says what was searched for, and where."""
 
 
 @dataclass(frozen=True)
 class Extension(Generic[T]):
-    """An extension, and how to speak of it."""
+    """An extension, with its name and reference."""
 
     value: T
-    """The object itself."""
+    """The object."""
     name: str
-    """What people call it: its name in the registry, or its own."""
+    """Its name in the registry, or the object's own name."""
     reference: str | None = None
-    """What finds it again, in another process too; None of an object that was given, and of what is built in."""
+    """Reference that finds it again, also in another process; None for a given object and for a built-in one."""
     digest: str | None = None
     """Hash of its source; None of what is built in."""
 
     @property
     def built_in(self) -> bool:
-        """Whether it is part of this package."""
+        """Whether this package provides it."""
         return self.digest is None
 
 
 @dataclass(frozen=True)
 class Registry(Generic[T]):
-    """The names of one sort of extension."""
+    """The registered names of one kind of extension."""
 
     group: str
-    """The entry points' group, "roentgen.extractors"."""
+    """Entry point group, such as "roentgen.extractors"."""
     built_in: Mapping[str, T]
-    """Those of this package."""
+    """Built-in extensions, by name."""
 
     @property
     def names(self) -> list[str]:
-        """All names: built in, then those of installed packages."""
+        """All names: built-in ones, then those of installed packages."""
         return [*self.built_in, *(name for name in self._declared() if name not in self.built_in)]
 
     def __getitem__(self, name: str) -> T:
-        """Return one that is built in."""
+        """Return a built-in extension."""
         return self.built_in[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self.built_in or name in self._declared()
 
     def find(self, name: str, otherwise: str = "") -> Extension[Any]:
-        """Return what a name or a reference means.
+        """Return the extension of a name or a reference.
 
         Args:
-            name: a name of this registry, or a reference.
-            otherwise: what else is allowed in its place, for the message.
+            name: a name in this registry, or a reference.
+            otherwise: text about other allowed values, for the error message.
 
         Raises:
             ExtensionError: if it is neither, or cannot be loaded.
@@ -109,23 +109,23 @@ class Registry(Generic[T]):
 
 
 def given(value: T) -> Extension[T]:
-    """Return an object that was given itself, as something found."""
+    """Return a given object as an extension."""
     return _found(value, display_name(value, "given"), None)
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text refers to something in a module or a file."""
+    """Return whether a text is a reference to an object in a module or a file."""
     return bool(_IN_FILE.fullmatch(text) or _IN_MODULE.fullmatch(text))
 
 
 def file_of(reference: str) -> tuple[Path, str] | None:
-    """Return the file and the attribute that a reference to a file names; None of other texts."""
+    """Return the file and the attribute of a reference to a file; None for other texts."""
     match = _IN_FILE.fullmatch(reference)
     return None if match is None else (Path(match["file"]).expanduser().absolute(), match["attribute"])
 
 
 def in_file(reference: str) -> str | None:
-    """Return a reference as `file.py:name`, if what it names is in a single file of a user's own; None of packages."""
+    """Return a reference as `file.py:name` if its object is in a single user file; None for packages."""
     if (named := file_of(reference)) is not None:
         return f"{named[0]}:{named[1]}"
     module, _, attribute = reference.partition(":")
@@ -137,7 +137,7 @@ def in_file(reference: str) -> str | None:
 
 
 def display_name(value: Any, otherwise: str) -> str:
-    """Return what a function or an object calls itself, in letters that a column's name may have."""
+    """Return the name of a function or an object, with characters that are allowed in a column's name."""
     if isinstance(value, partial):
         return display_name(value.func, otherwise)
     own = getattr(value, "__name__", None) or (type(value).__name__ if callable(value) else None)
@@ -153,8 +153,8 @@ def _attribute(module: ModuleType, attribute: str, reference: str) -> Any:
     for part in attribute.split("."):
         if not hasattr(value, part):
             public = [name for name, one in vars(module).items() if not name.startswith("_") and _is_own(one, module)]
-            there = f"it has {', '.join(public)}" if public else "it has nothing of its own"
-            raise ExtensionError(f"{reference!r}: there is no {attribute!r} in {_place(module)}; {there}")
+            there = f"it defines {', '.join(public)}" if public else "it defines nothing"
+            raise ExtensionError(f"{reference!r}: {_file_of(module)} has no {attribute!r}; {there}")
         value = getattr(value, part)
     return value
 
@@ -163,7 +163,7 @@ def _is_own(value: Any, module: ModuleType) -> bool:
     return not isinstance(value, ModuleType) and getattr(value, "__module__", module.__name__) == module.__name__
 
 
-def _place(module: ModuleType) -> str:
+def _file_of(module: ModuleType) -> str:
     return str(module.__file__ or module.__name__)
 
 
@@ -175,14 +175,12 @@ def _import_module(name: str, reference: str) -> ModuleType:
         except (ImportError, ValueError):
             missing = True
         if missing:
-            raise ExtensionError(
-                f"{reference!r}: there is no module {name!r}, neither in {folder} nor among the installed packages"
-            )
+            raise ExtensionError(f"{reference!r}: there is no module {name!r} in {folder} or in the installed packages")
         return _imported(partial(importlib.import_module, name), name)
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file as a module of its own, once a process."""
+    """Import a file as a separate module, once per process."""
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -190,9 +188,9 @@ def _import_file(path: Path) -> ModuleType:
         raise ExtensionError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ExtensionError(f"{path} is no Python file")
+        raise ExtensionError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a module up while it is being made
+    sys.modules[name] = module  # dataclasses and pickle look a module up while it is executed
     try:
         with _first_on_path(path.parent):
             _imported(partial(spec.loader.exec_module, module), str(path))
@@ -240,12 +238,12 @@ def _first_on_path(folder: Path) -> Iterator[None]:
     if clashing:
         other = namesakes[clashing[0]].__file__
         raise ExtensionError(
-            f"{folder} has a module {clashing[0]!r}, and another one of this name is loaded ({other}): rename one of them"
+            f"{folder} has a module {clashing[0]!r}, but another module of this name is loaded ({other}); rename one of them"
         )
 
 
 def _namesakes(folder: Path) -> dict[str, ModuleType]:
-    """Return a user's loaded modules that are called as modules of a folder are, and are others."""
+    """Return a user's loaded modules with the same names as other modules in a folder."""
     here = {file.stem: file for file in folder.glob("*.py")} | {
         file.parent.name: file for file in folder.glob("*/__init__.py")
     }

@@ -1,4 +1,4 @@
-"""What the hook does at the end of a task of inspect_ai: its log's scores go to the sessions that the log names."""
+"""Joins an inspect_ai task's scores to the sessions that its log names; the hook runs it at the end of the task."""
 
 import logging
 from collections import defaultdict
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 async def join_task(of: "EvalLog") -> dict[str, JoinReport]:
-    """Join a task's scores to the sessions of its model calls; returns what was done, by the session's address.
+    """Join a task's scores to the sessions of its model calls; return the reports by the sessions' addresses.
 
     Raises:
-        StoreError: as a server answers.
+        StoreError: if a server refuses the labels.
     """
     by_session: dict[str, list[ScoredSample]] = defaultdict(list)
     for sample in _samples(of):
@@ -38,13 +38,19 @@ async def join_task(of: "EvalLog") -> dict[str, JoinReport]:
         target = ServedTarget(session, api_keys.client_key())
         reports[session] = report = await run_sync(join_scored, samples, target)
         for reason, names in report.unmatched.items():
-            log.warning("%d samples have no scores in %s (%s): %s", len(names), session, reason, ", ".join(names[:5]))
-        log.info("%d of %d samples' scores are in %s", report.matched, report.samples, session)
+            log.warning(
+                "the scores of %d samples were not joined to %s (%s): %s",
+                len(names),
+                session,
+                reason,
+                ", ".join(names[:5]),
+            )
+        log.info("joined the scores of %d of %d samples to %s", report.matched, report.samples, session)
     return reports
 
 
 def _samples(of: "EvalLog") -> Iterator["EvalSample"]:
-    """Yield a log's samples; those of an eval set come without, and are read from where the log is."""
+    """Yield a log's samples; logs of an eval set have none, and are read from their location."""
     if of.samples is not None:
         yield from of.samples
     elif of.location:

@@ -1,7 +1,7 @@
-"""Reads inspect_ai's logs with inspect_ai: each sample's scores, and the rollouts that its model calls name.
+"""Reads inspect_ai's logs: each sample's scores, and the rollouts of its model calls.
 
-The provider `roentgen/…` leaves a reference in every output's metadata. Calls of other providers are known by the conversation
-that was sent, where that went to an address `/v1/r/RUN/-/1`.
+The provider `roentgen/…` adds a reference to every output's metadata. Calls of other providers are identified by the
+conversation that they sent to an address `/v1/r/RUN/-/1`.
 """
 
 import re
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from inspect_ai.log import EvalSample
 
 REFERENCE = "roentgen"
-"""Where in an output's metadata the reference is."""
+"""Key of the reference in an output's metadata."""
 
 _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d[-:]\d\d[-:]\d\d")
-"""How the name of a log begins."""
+"""Start of a log's file name."""
 
 
 def read_inspect(log: Path) -> Iterator[ScoredSample]:
@@ -32,22 +32,20 @@ def read_inspect(log: Path) -> Iterator[ScoredSample]:
     try:
         from inspect_ai.log import read_eval_log_samples
     except ImportError as error:
-        raise LogError(
-            f"{log}: logs of inspect_ai need inspect_ai; pip install 'roentgen-activations[inspect]'"
-        ) from error
+        raise LogError(f"{log}: reading it requires inspect_ai; pip install 'roentgen-activations[inspect]'") from error
     try:
         for sample in read_eval_log_samples(str(log), all_samples_required=False):
             yield scored_sample(sample)
     except (OSError, ValueError, KeyError, EOFError) as error:
         if log.suffix == ".eval" and not is_zipfile(log):
             raise LogError(
-                f"{log} is no log that inspect_ai can read: it is empty, cut off, or no .eval at all"
+                f"{log}: inspect_ai cannot read this log, because it is empty, truncated, or not an .eval file"
             ) from error
-        raise LogError(f"{log} is no log that inspect_ai can read: {' '.join(str(error).split())}") from error
+        raise LogError(f"{log}: inspect_ai cannot read this log: {' '.join(str(error).split())}") from error
 
 
 def inspect_files(log: Path) -> list[Path]:
-    """Return the logs of a folder: `.eval`, and the `.json` that inspect_ai names in the same way."""
+    """Return the logs in a folder: `.eval` files, and `.json` files with inspect_ai's naming scheme."""
     return sorted(
         path
         for path in log.rglob("*")
@@ -56,13 +54,13 @@ def inspect_files(log: Path) -> list[Path]:
 
 
 def scored_sample(sample: "EvalSample") -> ScoredSample:
-    """Return what a sample of a log says."""
+    """Return the scores and rollouts of a log's sample."""
     labels: dict[str, LabelValue] = {}
     for scorer, score in (sample.scores or {}).items():
         labels |= flat_labels(scorer, score.value)
     name = f"sample {sample.id} epoch {sample.epoch}"
     ids = tuple(dict.fromkeys(rollout_id for one in references(sample) for rollout_id in one["rollout_ids"]))
-    why, unscored = "its model calls name no rollout, and none was made under their prompts", "it has no score"
+    why, unscored = "its model calls name no rollout, and no rollout has their prompts", "it has no score"
     if sample.error is not None:
         unscored = f"it failed: {(sample.error.message.splitlines() or ['no reason given'])[0][:200]}"
         why = unscored
@@ -76,7 +74,7 @@ def scored_sample(sample: "EvalSample") -> ScoredSample:
 
 
 def references(sample: "EvalSample") -> Iterator[dict[str, Any]]:
-    """Yield the references to rollouts that a sample's model calls left, in their order."""
+    """Yield the references to rollouts in a sample's model calls, in order."""
     for event in sample.events:
         if event.event == "model":
             found = (event.output.metadata or {}).get(REFERENCE, {})

@@ -1,7 +1,7 @@
-"""What inspect_ai finds of this package (its entry point): the provider `roentgen/…` and the hook that joins scores.
+"""inspect_ai's entry point of this package: the provider `roentgen/…`, and the hook that joins scores.
 
-inspect_ai imports this for every command, so it costs little; the provider is imported when a model asks for it, and the
-scanner where inspect_scout, which looks here for scanners too, is there already.
+inspect_ai imports this module for every command, so it must be cheap. The provider is imported when a model uses it, and the
+scanner if inspect_scout, which also searches this module, has been imported.
 """
 
 import sys
@@ -13,18 +13,18 @@ from inspect_ai.model import ModelAPI, modelapi
 
 @modelapi(name="roentgen")
 def roentgen() -> type[ModelAPI]:
-    """Return the provider: a Roentgen server, which keeps activations of every call."""
+    """Return the provider for a Roentgen server, which can capture activations of every call."""
     from roentgen.harnesses.inspect_provider import RoentgenAPI
 
     return RoentgenAPI
 
 
-@hooks(name="roentgen_join", description="Joins a task's scores to the activations that were kept of it.")
+@hooks(name="roentgen_join", description="Joins a task's scores to its stored activations.")
 class JoinScores(Hooks):
-    """At the end of a task, adds its scores to the rollouts that its log names."""
+    """Adds a task's scores to the rollouts that its log names, at the end of the task."""
 
     async def on_task_end(self, data: TaskEnd) -> None:
-        """Join, if one of the task's models is `roentgen/…`; what fails is a warning, and `roentgen join` can do it later."""
+        """Join the scores if one of the task's models is `roentgen/…`; after a failure, `roentgen join` can do it later."""
         spec = data.log.eval
         models: list[Any] = [spec.model, *(role.model for role in (spec.model_roles or {}).values())]
         if any(str(model).startswith("roentgen/") for model in models) and spec.model_args.get("join", True):
@@ -34,4 +34,4 @@ class JoinScores(Hooks):
 
 
 if "inspect_scout" in sys.modules:
-    import roentgen.harnesses.inspect_scanner  # noqa: F401 - it registers itself
+    import roentgen.harnesses.inspect_scanner  # noqa: F401 - the import registers it

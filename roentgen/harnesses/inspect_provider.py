@@ -1,10 +1,9 @@
-"""The provider `roentgen/<model>` of inspect_ai: a Roentgen server, with what to keep said once, as arguments of the model.
+"""The inspect_ai provider `roentgen/<model>` for a Roentgen server; the model's arguments configure the capture.
 
     inspect eval task.py --model roentgen/smollm2-135m -M layers=8,12 -M hook_points=resid_post -M positions=last_prompt
 
-Every call is keyed by the task's execution, the sample, its epoch, and which of the sample's calls it is; a call that
-inspect_ai tries again keeps its number. What comes back beside the reply goes into the output's metadata: where the rows are,
-and what probes gave, but no row.
+Every call has a key of the task's execution, the sample, its epoch and the number of the call; a call that inspect_ai retries
+keeps its number. The location of the stored rows and the probe scores are added to the output's metadata, but not the rows.
 """
 
 import os
@@ -39,7 +38,7 @@ class Calls:
 
     @contextmanager
     def number(self) -> Iterator[int]:
-        """Give a call the lowest number that no other has; one that fails gives it back, and is tried again under it."""
+        """Give a call the lowest free number; a failed call returns its number, so that its retry gets it again."""
         if self._given_back:
             number = heappop(self._given_back)
         else:
@@ -52,11 +51,11 @@ class Calls:
 
 
 _CALLS: WeakKeyDictionary[ActiveSample, Calls] = WeakKeyDictionary()
-"""Of the samples that run now: their calls are numbered together, whichever model they go to."""
+"""Call counters of the running samples; the calls of one sample are numbered across models."""
 
 
 class RoentgenAPI(OpenAICompatibleAPI):
-    """A Roentgen server."""
+    """The provider for a Roentgen server."""
 
     def __init__(
         self,
@@ -77,38 +76,40 @@ class RoentgenAPI(OpenAICompatibleAPI):
         join: bool = True,
         **model_args: Any,
     ) -> None:
-        """Take what inspect_ai is given as arguments of the model: in Python, or as `-M NAME=VALUE`.
+        """Create the provider from the model's arguments, in Python or as `-M NAME=VALUE`.
 
         Args:
-            model_name: the served model's.
-            base_url: the server's; else `$ROENTGEN_BASE_URL`, else http://127.0.0.1:8000/v1.
-            api_key: its key; else `$ROENTGEN_API_KEY`.
-            config: inspect_ai's.
-            session: where rows are kept. Nothing is, unless one of the following says what.
-            layers: as 8,12 or all.
-            hook_points: as resid_post,mlp_out.
-            positions: a position policy.
-            dtype: what to store.
-            since: "turn" for what is new in each turn of a conversation.
-            labels: stored with every rollout.
-            allow_non_finite: whether rows with NaN or infinity are kept.
-            probes: saved probes to score every token with: their paths, or an object as in docs/http.md.
-            steering: what to add to the stream, as in docs/http.md.
-            join: whether the task's scores are joined at its end (the hook reads it).
-            model_args: of inspect_ai's OpenAI-compatible providers.
+            model_name: name of the served model.
+            base_url: the server's base URL; default `$ROENTGEN_BASE_URL`, else http://127.0.0.1:8000/v1.
+            api_key: the server's API key; default `$ROENTGEN_API_KEY`.
+            config: inspect_ai's generation settings.
+            session: session for activations. Nothing is captured unless one of the following arguments is set.
+            layers: layers to capture, such as 8,12 or all.
+            hook_points: hook points to capture, such as resid_post,mlp_out.
+            positions: token positions to capture.
+            dtype: data type of the stored rows.
+            since: "turn" to capture only what is new in each turn of a conversation.
+            labels: labels stored with every rollout.
+            allow_non_finite: whether to keep rows with NaN or infinity.
+            probes: saved probes that score every token: their paths, or objects as in docs/http.md.
+            steering: vectors to add to the residual stream, as in docs/http.md.
+            join: whether to join the task's scores at its end (read by the hook).
+            model_args: arguments of inspect_ai's OpenAI-compatible providers.
 
         Raises:
-            ValueError: if something to be kept cannot be; naming the argument.
+            ValueError: if an argument is not valid; the message names it.
         """
         if model_args.get("responses_api"):
-            raise ValueError("responses_api: inspect_ai sends no activations to the Responses API; leave it out")
+            raise ValueError(
+                "responses_api: not supported, because inspect_ai cannot request activations with it; leave it out"
+            )
         own = (layers, hook_points, positions, dtype, since, labels, allow_non_finite)
         given = {name: value for name, value in zip(_CAPTURE, own, strict=True) if value is not None}
         self._kept = _capture(session, given) if given else None
         self._probes = [probes] if isinstance(probes, str | Mapping) else list(probes or ())
         self._steering = [steering] if isinstance(steering, Mapping) else list(steering or ())
         if self._probes and model_args.get("stream") is True:
-            raise ValueError("stream: scores of probes come with whole replies here; leave stream or probes out")
+            raise ValueError("stream: not supported with probes; leave out stream or probes")
         super().__init__(
             model_name=model_name,
             base_url=base_url or os.environ.get("ROENTGEN_BASE_URL") or BASE_URL,
@@ -121,14 +122,14 @@ class RoentgenAPI(OpenAICompatibleAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput | tuple[ModelOutput | Exception, ModelCall]:
-        """Ask the server; where the rows are is in the output's metadata."""
+        """Send a request to the server; the output's metadata locates the stored rows."""
         sample = sample_active()
         if sample is None:
-            return await self._asked(input, tools, tool_choice, config, None)
+            return await self._request(input, tools, tool_choice, config, None)
         with _CALLS.setdefault(sample, Calls()).number() as number:
-            return await self._asked(input, tools, tool_choice, config, _key(sample, number))
+            return await self._request(input, tools, tool_choice, config, _key(sample, number))
 
-    async def _asked(
+    async def _request(
         self,
         input: list[ChatMessage],
         tools: list[ToolInfo],
@@ -153,7 +154,7 @@ class RoentgenAPI(OpenAICompatibleAPI):
         return result
 
     async def stream_completion(self, stream: AsyncIterable[ChatCompletionChunk]) -> ChatCompletion:
-        """Put a stream together; what the SDK does not know of is in the last chunk."""
+        """Assemble a stream, with `activations` from its last chunk, which the SDK does not know."""
         kept: dict[str, Any] = {}
 
         async def watched() -> AsyncIterator[ChatCompletionChunk]:
@@ -165,12 +166,12 @@ class RoentgenAPI(OpenAICompatibleAPI):
         return completion.model_copy(update=kept)
 
     def auto_streamable(self, config: GenerateConfig) -> bool:
-        """Stream by itself only what loses nothing by it."""
+        """Return whether inspect_ai may stream on its own: not with probes, whose scores would be lost."""
         return not self._probes and bool(super().auto_streamable(config))
 
 
 def _capture(session: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what to keep as the request says it, checked here, before a task begins."""
+    """Return the request's `activations`, validated before the task starts."""
     read = {name: _listed(value) if name in ("layers", "hook_points") else value for name, value in given.items()}
     asked = {"session_id": session, **read}
     for name, reader in (("layers", read_layers), ("hook_points", read_names)):
@@ -189,7 +190,7 @@ def _capture(session: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Write what `-M layers=8,12` has become as it was written."""
+    """Convert the value of `-M layers=8,12` back to its text."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -201,7 +202,7 @@ def _key(sample: ActiveSample, number: int) -> dict[str, Any]:
 
 
 def _reference(base_url: str, response: dict[str, Any]) -> dict[str, Any]:
-    """Return what a log says of a reply's activations and scores."""
+    """Return the log's reference to a reply's activations and scores."""
     found: dict[str, Any] = {}
     if kept := response.get("activations"):
         rollouts = kept.get("rollouts", [kept])
@@ -218,11 +219,11 @@ def _reference(base_url: str, response: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(probed: dict[str, Any]) -> dict[str, Any]:
-    """Sum up a probe's scores of a choice: at the prompt's last token, and of what was generated."""
+    """Summarize a probe's scores of a choice: at the prompt's last token, and over the generated tokens."""
     scores, n_prompt = probed["scores"], probed["n_prompt"]
     found = {name: probed[name] for name in ("probe", "key", "label", "classes", "unit")}
     if scores and isinstance(scores[0], list):
         return found | {"last_prompt": scores[n_prompt - 1], "last": scores[-1]}
-    said = scores[n_prompt:]
-    summed = {"mean_generated": sum(said) / len(said), "max_generated": max(said)} if said else {}
-    return found | {"last_prompt": scores[n_prompt - 1], "last": scores[-1], **summed}
+    new = scores[n_prompt:]
+    summary = {"mean_generated": sum(new) / len(new), "max_generated": max(new)} if new else {}
+    return found | {"last_prompt": scores[n_prompt - 1], "last": scores[-1], **summary}

@@ -1,9 +1,9 @@
-"""A scanner of inspect_scout: what probes said of a transcript, from its log alone.
+"""An inspect_scout scanner that reads probe scores of a transcript from its log.
 
     scan([probe_scores(at="mean_generated")], transcripts_from("logs"))
 
-The provider `roentgen/…` with `-M probes=…` leaves in each output's metadata what every probe gave. Here it becomes a
-result per transcript: a value per probe, of its last call or over its calls.
+The provider `roentgen/…` with `-M probes=…` adds every probe's scores to each output's metadata. The scanner returns one result
+per transcript: a value per probe, of one call or aggregated over the calls.
 """
 
 from collections import defaultdict
@@ -23,9 +23,9 @@ def probe_scores(probe: str | None = None, at: At = "last_prompt", over: Over = 
     """Read probes' scores of a transcript's model calls.
 
     Args:
-        probe: only this one; its score is the result then, and else an object with each probe's.
-        at: which of a call's scores: at the prompt's last token, at the last token, or over the tokens generated.
-        over: which of a transcript's calls, or what of them all.
+        probe: name of one probe, whose score is the result; None for an object with the scores of all probes.
+        at: which of a call's scores to use: at the prompt's last token, at the last token, or over the generated tokens.
+        over: which of a transcript's calls to use, or how to aggregate them.
     """
 
     async def scan(transcript: Transcript) -> Result:
@@ -47,6 +47,6 @@ def probe_scores(probe: str | None = None, at: At = "last_prompt", over: Over = 
 
 
 def _over(scores: list[Any], over: Over) -> Any:
-    if over in ("last", "first") or isinstance(scores[0], list):  # several classes have no order
+    if over in ("last", "first") or isinstance(scores[0], list):  # a list of scores has no mean or order
         return scores[0 if over == "first" else -1]
     return fmean(scores) if over == "mean" else max(scores) if over == "max" else min(scores)

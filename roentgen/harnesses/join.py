@@ -37,24 +37,24 @@ _BEGINNING = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z]{2,12}\])+")
 
 @dataclass(frozen=True)
 class JoinReport:
-    """What a join has found and done."""
+    """The result of a join."""
 
     samples: int
-    """Of the log."""
+    """Number of samples in the log."""
     matched: int
-    """Of them, those that have rollouts in the session."""
+    """Number of samples with rollouts in the session."""
     rollouts: int
-    """That have their scores now."""
+    """Number of rollouts with the scores as labels."""
     changed: int
-    """Of them, those that had not before."""
+    """Number of rollouts whose labels changed."""
     labels: tuple[str, ...] = ()
     """Names of the labels."""
     unmatched: dict[str, list[str]] = field(default_factory=dict)
-    """By the reason, the samples that have none."""
+    """Samples without rollouts, by reason."""
 
 
 class LabelTarget(Protocol):
-    """A session that gets labels."""
+    """A session whose rollouts get labels."""
 
     def index(self) -> pd.DataFrame:
         """Return its rollouts, with problem and text."""
@@ -85,7 +85,7 @@ class ServedTarget:
         self._address, self._key = address.rstrip("/"), api_key
 
     def index(self) -> pd.DataFrame:
-        """Return its rollouts, with problem and text; only its index is fetched."""
+        """Return the rollouts with problem and text; only the session's index is fetched."""
         with tempfile.TemporaryDirectory() as folder:
             uri = pull(self._address, folder, api_key=self._key, shards=False)
             return StoredTarget(Session.open(uri)).index()
@@ -94,17 +94,17 @@ class ServedTarget:
         """Add labels to rollouts.
 
         Raises:
-            StoreError: as the server answers.
+            StoreError: if the server refuses them.
         """
         done = LabelChanges()
         with connect(self._address, self._key, _TIMEOUT_S) as client:
             for some in _portions(labels):
                 try:
-                    said = client.post("labels", json={"labels": some}).raise_for_status().json()
+                    added = client.post("labels", json={"labels": some}).raise_for_status().json()
                 except HTTPError as error:
                     raise StoreError(f"{self._address}/labels {explain(error)}") from error
-                unknown = (*done.unknown, *said["unknown"])
-                done = LabelChanges(done.changed + said["changed"], done.same + said["same"], unknown)
+                unknown = (*done.unknown, *added["unknown"])
+                done = LabelChanges(done.changed + added["changed"], done.same + added["same"], unknown)
         return done
 
 
@@ -114,23 +114,23 @@ def join(
     """Add a log's scores to a session's rollouts as labels.
 
     Args:
-        log: of inspect_ai (`.eval`, `.json`, or a folder of them), or what lm-eval wrote with `--log_samples` (a
+        log: a log of inspect_ai (`.eval`, `.json`, or a folder of them) or of lm-eval with `--log_samples` (a
             `samples_….jsonl`, or the folder `--output_path`).
         session: STORE/SESSION, or http://SERVER/v1/activations/session/ID.
-        scorers: only scores whose names are these or begin with them and a dot or comma; all if empty.
-        prefix: put before the names of the labels.
-        api_key: the server's.
+        scorers: names of the scores to use, including those that continue a name after a dot or comma; all if empty.
+        prefix: prefix of the labels' names.
+        api_key: the server's API key.
 
     Raises:
         LogError: if the log cannot be read, or has no score of those names.
         StoreError: if the session cannot be read or written.
-        OSError: as the disk or the bucket answers.
+        OSError: if a file cannot be read or written.
     """
     samples = list(read_log(Path(log)))
     names = sorted({name for sample in samples for name in sample.labels})
     kept = [name for name in names if not scorers or any(_is_of(name, scorer) for scorer in scorers)]
     if samples and names and not kept:
-        raise LogError(f"{log} has no scores of {', '.join(scorers)}; it has {', '.join(names)}")
+        raise LogError(f"{log} has no scores named {', '.join(scorers)}; it has {', '.join(names)}")
     chosen = [
         replace(sample, labels={prefix + name: value for name, value in sample.labels.items() if name in kept})
         for sample in samples
@@ -142,7 +142,7 @@ def read_log(log: Path) -> Iterator[ScoredSample]:
     """Yield the samples of a log, or of all logs of a folder.
 
     Raises:
-        LogError: if there is none, or one cannot be read.
+        LogError: if there is no log, or one cannot be read.
     """
     if not log.exists():
         raise LogError(f"{log} does not exist")
@@ -156,17 +156,19 @@ def read_log(log: Path) -> Iterator[ScoredSample]:
         files = [log]
     for file in files:
         if file.suffix not in (".eval", ".json", ".jsonl"):
-            raise LogError(f"{file}: a log is a .eval or .json of inspect_ai, or a samples_….jsonl of lm-eval")
+            raise LogError(
+                f"{file} is not a known log; allowed are .eval and .json of inspect_ai, and samples_….jsonl of lm-eval"
+            )
         for sample in read_lm_eval(file) if file.suffix == ".jsonl" else read_inspect(file):
             several = len(files) > 1 and not sample.name.startswith(file.stem)
             yield replace(sample, name=f"{file.stem} {sample.name}") if several else sample
 
 
 def open_target(session: str | Path, api_key: str) -> LabelTarget:
-    """Return a session to be labeled.
+    """Open a session to label.
 
     Raises:
-        StoreError: if there is none.
+        StoreError: if it does not exist.
     """
     if str(session).startswith(("http://", "https://")):
         return ServedTarget(str(session), api_key)
@@ -178,10 +180,10 @@ def join_scored(samples: Sequence[ScoredSample], target: LabelTarget) -> JoinRep
 
     Raises:
         StoreError: if the session cannot be read or written.
-        OSError: as the disk or the bucket answers.
+        OSError: if a file cannot be read or written.
     """
     scored = with_grades([sample for sample in samples if sample.labels])
-    asked = _Asked(target.index()) if any(not sample.rollout_ids for sample in scored) else None
+    asked = _PromptIndex(target.index()) if any(not sample.rollout_ids for sample in scored) else None
     found = [sample.rollout_ids or (asked.find(sample) if asked else ()) for sample in scored]
     disputed = _disputed(scored, found)
     labels: dict[str, dict[str, LabelValue]] = defaultdict(dict)
@@ -200,7 +202,7 @@ def join_scored(samples: Sequence[ScoredSample], target: LabelTarget) -> JoinRep
             otherwise = asked is not None and sample.name in asked.otherwise
             unmatched[OTHERWISE if otherwise else sample.problem].append(sample.name)
         elif disputed.issuperset(ids):
-            unmatched["others with other scores asked and were answered the same"].append(sample.name)
+            unmatched["several samples with different scores have the same prompt and answer"].append(sample.name)
         elif missing.issuperset(ids):
             unmatched["the session has none of the rollouts that the log names"].append(sample.name)
     return JoinReport(
@@ -214,22 +216,22 @@ def join_scored(samples: Sequence[ScoredSample], target: LabelTarget) -> JoinRep
 
 
 def _disputed(samples: Sequence[ScoredSample], found: Sequence[Sequence[str]]) -> set[str]:
-    """Return the rollouts to which several samples would give different values of one label."""
-    said: dict[tuple[str, str], LabelValue] = {}
+    """Return the rollouts that several samples would give different values of one label."""
+    values: dict[tuple[str, str], LabelValue] = {}
     disputed = set()
     for sample, ids in zip(samples, found, strict=True):
         for rollout_id in ids:
             for name, value in sample.labels.items():
-                if said.setdefault((rollout_id, name), value) != value:
+                if values.setdefault((rollout_id, name), value) != value:
                     disputed.add(rollout_id)
     return disputed
 
 
-class _Asked:
-    """A session's rollouts by what was asked, and their completions.
+class _PromptIndex:
+    """Finds a session's rollouts by prompt and answer.
 
     Attributes:
-        otherwise: names of samples whose prompts were asked here, and answered with other words than the log has.
+        otherwise: names of samples whose prompts were found, but with other answers than in the log.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:
@@ -248,7 +250,7 @@ class _Asked:
                 self._by_text[text].append(row["rollout_id"])
 
     def find(self, sample: ScoredSample) -> tuple[str, ...]:
-        """Return the rollouts of a sample's prompts that were answered as the log says; another model's are not its."""
+        """Return the rollouts with a sample's prompts and its answers in the log; others may be by another model."""
         lists = [self._by_problem.get(one, []) for one in sample.prompt_hashes]
         lists += [self._by_text.get(text.strip(), []) for text in sample.texts]
         ids = tuple(dict.fromkeys(rollout_id for ids in lists for rollout_id in ids))
@@ -256,7 +258,7 @@ class _Asked:
         if not answers or not ids:
             return ids
         answered = tuple(one for one in ids if self._completions[one].startswith(answers))
-        # A harness may have taken reasoning off, or what comes before a call of a tool.
+        # A harness may have removed reasoning, or text before a tool call.
         within = answered or tuple(one for one in ids if any(answer in self._completions[one] for answer in answers))
         if not within:
             self.otherwise.add(sample.name)

@@ -1,7 +1,7 @@
-"""Reads what lm-evaluation-harness writes with `--log_samples`: a line per sample and filter, with the requests it sent.
+"""Reads the logs of lm-evaluation-harness (`--log_samples`): one line per sample and filter, with the requests it sent.
 
-It has no place for a rollout's id, and every request of it goes to one address. So its samples are known by what they asked: a
-conversation by its hash, which the server uses as the problem's name at an address `/v1/r/RUN/-/1`; a raw text by itself.
+These logs have no rollout ids, and all requests go to one address. So a sample is identified by its prompts: a conversation by
+its hash, which the server uses as the problem id at an address `/v1/r/RUN/-/1`; a raw text by the text itself.
 """
 
 import json
@@ -15,11 +15,11 @@ from roentgen.harnesses.scored import LogError, ScoredSample, flat_labels
 
 _NO_FILTER = "none"
 _TASK = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\d(?:T[\d.:-]+)?")
-"""What a file is called after: its task, and when it was written."""
+"""A file's name: its task and its time."""
 
 
 def lm_eval_files(log: Path) -> list[Path]:
-    """Return the files of samples at a path: itself, or those of an `--output_path`."""
+    """Return the sample files at a path: a file itself, or those in an `--output_path`."""
     return sorted(log.rglob("samples_*.jsonl")) if log.is_dir() else [log]
 
 
@@ -27,7 +27,7 @@ def read_lm_eval(file: Path) -> Iterator[ScoredSample]:
     """Yield a file's samples.
 
     Raises:
-        LogError: naming the first line that is none.
+        LogError: if a line is not a sample; the message names the first one.
     """
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -36,9 +36,9 @@ def read_lm_eval(file: Path) -> Iterator[ScoredSample]:
             try:
                 yield _scored(json.loads(line), file.stem, number)
             except KeyError as error:
-                raise LogError(f"{file}, line {number}: no sample of lm-eval: it has no {error}") from error
+                raise LogError(f"{file}, line {number}: not a sample of lm-eval: {error} is missing") from error
             except (ValueError, TypeError, AttributeError) as error:
-                raise LogError(f"{file}, line {number}: no sample of lm-eval: {error}") from error
+                raise LogError(f"{file}, line {number}: not a sample of lm-eval: {error}") from error
 
 
 def _scored(sample: dict[str, Any], stem: str, number: int) -> ScoredSample:
@@ -47,7 +47,7 @@ def _scored(sample: dict[str, Any], stem: str, number: int) -> ScoredSample:
         labels["task"] = found[1]
     suffix = "" if sample.get("filter", _NO_FILTER) == _NO_FILTER else f",{sample['filter']}"
     for metric in sample["metrics"]:
-        labels |= flat_labels(f"{metric}{suffix}", sample[metric])  # spelled as lm-eval spells it in its results
+        labels |= flat_labels(f"{metric}{suffix}", sample[metric])  # named as in lm-eval's results
     hashes, texts = [], []
     answers = tuple(one for given in sample["resps"] for one in given if isinstance(one, str))
     for request in sample["arguments"].values():
@@ -56,7 +56,7 @@ def _scored(sample: dict[str, Any], stem: str, number: int) -> ScoredSample:
         if prompt.lstrip().startswith("[{") and (messages := _conversation(prompt)) is not None:
             hashes.append(canonical_hash(messages))
         texts.append(prompt + rest if isinstance(rest, str) else prompt)
-        if isinstance(rest, str):  # it was only read, and the responses are its log-likelihoods
+        if isinstance(rest, str):  # nothing was generated; the responses are log-likelihoods
             answers = ()
     name = f"{stem} line {number} (doc {sample['doc_id']})"
     return ScoredSample(name, labels, prompt_hashes=tuple(hashes), texts=tuple(texts), answers=answers)

@@ -1,13 +1,13 @@
-"""The frame of the HTML pages: `templates/page.html` has the head, the colors and the tables that all pages share.
+"""The base of the HTML pages: `templates/page.html` contains the head, colors and tables that all pages share.
 
-A page extends it in its own package's `templates/`. Pages are one static file each, without scripts; all text is escaped.
+A page extends it in its own package's `templates/`. Each page is one static file without scripts; all text is escaped.
 """
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
 def page_environment(package: str) -> Environment:
-    """Return the environment in which a package's templates are rendered."""
+    """Return the Jinja environment for a package's templates."""
     return Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("roentgen.pages")]),
         autoescape=True,

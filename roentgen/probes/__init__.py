@@ -1,6 +1,6 @@
-"""Probes, from a script: `roentgen.probes.train` does what the command `roentgen probe train` does.
+"""The Python interface to probes: `roentgen.probes.train` and `stop`, like `roentgen probe train` and `roentgen probe stop`.
 
-The work is the top-level package `probes`; here is what a script gets of it.
+The top-level package `probes` does the work.
 """
 
 from collections import Counter
@@ -31,34 +31,34 @@ stop = naming_arguments()(early_stopping.stop)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TrainedProbes:
-    """What a training found, and its saved probes, one for every stored key and position."""
+    """The result of a training: its report and the saved probes, one for every stored key and position."""
 
     report: ProbeReport
-    """Every number, with its interval, and the notes that go with them."""
+    """All results with their confidence intervals, and notes on them."""
     folder: Path
-    """Where it is: the probes, the plots, and the page `report.html`."""
+    """The folder with the probes, the plots and the page `report.html`."""
 
     @cached_property
     def probe(self) -> SavedProbe:
-        """The probe that most folds chose. A model reads it (`probes=`) and is steered with it (`Steer`)."""
+        """The probe that most folds selected, for use in `probes=` and `Steer`."""
         return self[Counter(self.report.best.names).most_common(1)[0][0]]
 
     @property
     def names(self) -> list[str]:
-        """What the saved probes are called, such as `layers.12.resid_post@last_prompt`."""
+        """Names of the saved probes, such as `layers.12.resid_post@last_prompt`."""
         return list(read_cards(self.folder))
 
     def __getitem__(self, name: str) -> SavedProbe:
         """Return a saved probe.
 
         Raises:
-            SavedProbeError: naming those that there are; a kind that is not linear leaves none.
+            SavedProbeError: if there is no probe of this name; kinds that are not linear save none.
         """
         return load_probe(self.folder, name)
 
     @property
     def directions(self) -> dict[str, Float[Tensor, "outputs d"]]:
-        """The direction of every saved probe by name, of length 1 in the activations' own units, `[outputs, d]`."""
+        """The direction of every saved probe, by name: of length 1 in the activations' own units, `[outputs, d]`."""
         return {name: self[name].direction for name in self.names}
 
     def __repr__(self) -> str:
@@ -85,26 +85,27 @@ def train(
     device: str = "cpu",
     stage: Callable[[str], None] = lambda text: None,
 ) -> TrainedProbes:
-    """Train a probe for every stored key, and say honestly how well each does on problems it has not seen.
+    """Train a probe for every stored key, and evaluate each on held-out problems.
 
     Args:
         sources: a run, a run directory, a session, or several of them.
-        label: what to read: correct, truncated, difficulty, steps, a stored label, a table's column (docs/probes.md).
-        positions: where, one or several: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, tokens.
-        kind: logistic, mean_difference, lda, contrast, attention, ridge or multinomial; a reference to a `Kind` or to a
-            function `fit(X, y, groups, strengths)` (docs/extending.md), or one itself; else the label's usual.
-        declared: a candidate named beforehand, layers.12.resid_post@last_prompt.
-        seed: of the folds and the bootstrap.
-        session: a session that `Model.capture` or `roentgen capture` made of a run's answers, instead of the run's own rows.
-        table: labels as CSV or parquet, joined on rollout_id or problem_id.
-        output: the folder; for a single run it may be left out.
-        device: where to fit, "cpu" or "cuda".
-        stage: told what is being done.
+        label: label to predict: correct, truncated, difficulty, steps, a stored label, a table's column (docs/probes.md).
+        positions: one or more token positions: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, tokens.
+        kind: kind of probe: logistic, mean_difference, lda, contrast, attention, ridge or multinomial; a `Kind` or a function
+            `fit(X, y, groups, strengths)` (docs/extending.md), or a reference to one; None for the usual kind for the label.
+        declared: a candidate declared in advance, such as layers.12.resid_post@last_prompt.
+        seed: random seed of the folds and the bootstrap.
+        session: a session that `Model.capture` or `roentgen capture` made from a run's answers, used instead of the run's own
+            activations.
+        table: labels as a CSV or parquet file, joined on rollout_id or problem_id.
+        output: the output folder; optional for a single run.
+        device: device to train on, "cpu" or "cuda".
+        stage: called with each stage.
 
     Raises:
         RunError: if a run is damaged, or has no activations.
-        ProbeDataError: if something asked for is not there.
-        OneClassError: if the label does not vary enough.
+        ProbeDataError: if the label, the positions or the stored keys are not available.
+        OneClassError: if the label has too few samples of a class.
     """
     several = sources if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     places: list[Any] = [getattr(one, "path", getattr(one, "uri", one)) for one in several]

@@ -59,25 +59,26 @@ def stop(
     stage: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> StopReport:
-    """Find on a run's stored rows what a probe that ends answers early would save and cost, beside simpler rules.
+    """Estimate on a run's stored rows what early stopping by a probe would save and cost, compared with simpler rules.
 
     Args:
-        run: a run, or its folder; activations of generated tokens were kept.
-        probe: a saved probe's path FOLDER/NAME, what `roentgen.probes.train` returns, or a `SavedProbe`; else the run's best.
-        stage: told what is being done.
-        options: those of `roentgen probe stop` (docs/probes.md): above, lengths, where, then, max_loss, controls, samples,
+        run: a run, or its folder, with activations of generated tokens.
+        probe: a saved probe's path FOLDER/NAME, the result of `roentgen.probes.train`, or a `SavedProbe`; None for the run's
+            best probe.
+        stage: called with each stage.
+        options: options of `roentgen probe stop` (docs/probes.md): above, lengths, where, then, max_loss, controls, samples,
             session, confirm, base_url, model, parallel, label, seed, output.
 
     Returns:
-        What was found; `stop_when` of it is what a request, or `Model.generate`, takes.
+        The report; its `stop_when` can be passed to a request or to `Model.generate`.
 
     Raises:
         OptionError: if an option is not allowed.
-        SavedProbeError: if there is no such probe.
-        RunError: if there is no such run, or it has no activations.
-        ProbeDataError: if the probe and the stored rows do not fit together.
+        SavedProbeError: if the probe does not exist.
+        RunError: if the run does not exist or has no activations.
+        ProbeDataError: if the probe does not fit the stored rows.
         StoreError: if a session cannot be read.
-        SweepError: with `confirm`, if the server does not serve the probe's model, or a request fails for good.
+        SweepError: with `confirm`, if the server does not have the probe's model, or a request fails.
     """
     options["run"] = getattr(run, "path", run)
     own = getattr(probe, "probe", probe)
@@ -92,7 +93,7 @@ def stop(
 
 
 def _named(settings: StopSettings) -> tuple[Path, SavedProbe]:
-    """Return the probe that is named, and its path."""
+    """Return the chosen probe and its path."""
     if settings.probe is None:
         return find_probe(settings.run, settings.label)
     path = settings.probe.expanduser().absolute()

@@ -1,1 +1,1 @@
-"""Starts a server from this machine (`local_server`) and checks one (`ports`, `doctor`, `smoke`)."""
+"""Starts a server on this machine (`local_server`), and checks servers (`ports`, `preflight`, `doctor`, `smoke`)."""

@@ -1,7 +1,7 @@
-"""`roentgen doctor`: one screen that says what is wrong with a server or a node, and what to do.
+"""`roentgen doctor`: diagnoses a server or a node, and says how to fix what is wrong.
 
-Each check is one small function that finds one thing out and says it with a verdict: fine, worth knowing, or wrong, with the
-way out. A check that cannot be made says so; none stops the others.
+Each check is one small function that returns a `Diagnosis` with a verdict: fine, note or wrong, with a remedy. A check that
+fails itself is reported as wrong, and does not stop the others.
 """
 
 import os
@@ -28,82 +28,85 @@ TOO_FULL = 0.9
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What one check found."""
+    """The result of one check."""
 
     what: str
-    """Was checked."""
+    """What was checked."""
     verdict: Verdict
-    """Of it."""
+    """The verdict."""
     text: str
     """What was found."""
     todo: str = ""
-    """What to do, if something is wrong."""
+    """How to fix it, if something is wrong."""
 
 
 def examine_server(base: str, key: str) -> list[Diagnosis]:
-    """Examine a server over HTTP.
+    """Check a server over HTTP.
 
     Args:
         base: http://HOST:PORT.
-        key: the server's.
+        key: the server's API key.
     """
     url = URL(base)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.host, port), timeout=5).close()
     except OSError as error:
-        todo = "start it (`roentgen serve`), or open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
-        return [Diagnosis("port", "wrong", f"nothing answers at {url.host}:{port}: {error}", todo)]
+        todo = "start the server (`roentgen serve`), or open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
+        return [Diagnosis("port", "wrong", f"no connection to {url.host}:{port}: {error}", todo)]
     with connect(base, key, 30) as client:
         checks: list[Callable[[Client], Diagnosis]] = [_health, _routes, _model, _sessions]
-        return [Diagnosis("port", "fine", f"{url.host}:{port} answers"), *(_made(check, client) for check in checks)]
+        answered = Diagnosis("port", "fine", f"{url.host}:{port} accepts connections")
+        return [answered, *(_run_check(check, client) for check in checks)]
 
 
 def examine_here(port: int) -> list[Diagnosis]:
-    """Examine this machine: what listens, GPUs, disk, packages, Ray's nodes, Serve, the ends of logs."""
+    """Check this machine: the listener on the port, GPUs, disks, packages, Ray's nodes, Serve, and errors in logs."""
     listener = find_listener(port)
     who = Diagnosis(
         "listener", "fine" if listener and listener.is_ours else "wrong" if listener else "note", str(listener)
     )
     if listener is None:
-        who = Diagnosis("listener", "note", f"nothing listens on port {port}", "start a server, or name its port")
+        who = Diagnosis("listener", "note", f"nothing listens on port {port}", "start a server, or give its --port")
     elif not listener.is_ours:
-        who = Diagnosis("listener", "wrong", str(listener), "it is not Roentgen's: end it, or choose another --port")
+        who = Diagnosis("listener", "wrong", str(listener), "not a Roentgen process: stop it, or choose another --port")
     return [who, _gpu(), *_disk(), *_packages(), *_ray(), *_logs()]
 
 
-def _made(check: Callable[[Client], Diagnosis], client: Client) -> Diagnosis:
+def _run_check(check: Callable[[Client], Diagnosis], client: Client) -> Diagnosis:
     name = check.__name__.lstrip("_")
     try:
         return check(client)
     except (HTTPError, ValueError, KeyError, IndexError) as error:
-        return Diagnosis(
-            name, "wrong", f"{type(error).__name__}: {error}", "is it a Roentgen server that answers here?"
-        )
+        return Diagnosis(name, "wrong", f"{type(error).__name__}: {error}", "check that this is a Roentgen server")
 
 
 def _health(client: Client) -> Diagnosis:
     started = time.monotonic()
     answer = client.get("/health")
     seconds = time.monotonic() - started
-    said = answer.json()
-    text = f"{said['status']}: {said['stage']} ({1000 * seconds:.0f} ms)"
+    health = answer.json()
+    text = f"{health['status']}: {health['stage']} ({1000 * seconds:.0f} ms)"
     if answer.status_code == 200:
         return Diagnosis("health", "fine", text)
-    if said["status"] == "loading":
-        return Diagnosis("health", "note", text, "wait: a first start may download the model")
-    return Diagnosis("health", "wrong", text, "read the replica's log below; another model: POST /v1/models/load")
+    if health["status"] == "loading":
+        return Diagnosis("health", "note", text, "wait; the first start may download the model")
+    return Diagnosis(
+        "health", "wrong", text, "read the replica's log below, or load another model: POST /v1/models/load"
+    )
 
 
 def _routes(client: Client) -> Diagnosis:
     answer = client.get("/openapi.json")
     if answer.status_code == 401:
-        return Diagnosis("routes", "wrong", "401: the key is missing or wrong", "export ROENTGEN_API_KEY=…")
+        return Diagnosis(
+            "routes", "wrong", "401: the API key is missing or wrong", "set ROENTGEN_API_KEY to the server's key"
+        )
     routes = answer.json()["paths"]
     if "/v1/chat/completions" in routes and "/v1/models/load" in routes:
         return Diagnosis("routes", "fine", f"{len(routes)} routes")
     return Diagnosis(
-        "routes", "wrong", f"not Roentgen's: {', '.join(list(routes)[:5])}", "something else has this port"
+        "routes", "wrong", f"not a Roentgen server: {', '.join(list(routes)[:5])}", "another server uses this port"
     )
 
 
@@ -119,21 +122,24 @@ def _sessions(client: Client) -> Diagnosis:
     answer = client.get("/v1/activations/sessions")
     if answer.is_error:
         return Diagnosis(
-            "store", "wrong", f"{answer.status_code}: {answer.text[:200]}", "is the store there and writable?"
+            "store",
+            "wrong",
+            f"{answer.status_code}: {answer.text[:200]}",
+            "check that the store exists and is writable",
         )
     return Diagnosis("store", "fine", f"{len(answer.json()['data'])} sessions")
 
 
 def _gpu() -> Diagnosis:
     if shutil.which("nvidia-smi") is None:
-        return Diagnosis("GPU", "note", "none: no nvidia-smi here, the model runs on the CPU")
+        return Diagnosis("GPU", "note", "none (nvidia-smi is not installed); the model runs on the CPU")
     query = "--query-gpu=name,memory.used,memory.total,utilization.gpu"
     done = subprocess.run(
         ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30
     )
     if done.returncode:
         return Diagnosis(
-            "GPU", "wrong", (done.stdout + done.stderr).strip()[:300], "the driver does not work: another node"
+            "GPU", "wrong", (done.stdout + done.stderr).strip()[:300], "the GPU driver does not work; use another node"
         )
     return Diagnosis("GPU", "fine", "; ".join(done.stdout.strip().splitlines()))
 
@@ -147,7 +153,7 @@ def _disk() -> Iterator[Diagnosis]:
             full = usage.used / usage.total
             text = f"{folder}: {usage.free / 1e9:.0f} GB free, {full:.0%} used"
             yield Diagnosis(
-                "disk", "wrong" if full > TOO_FULL else "fine", text, "make room" if full > TOO_FULL else ""
+                "disk", "wrong" if full > TOO_FULL else "fine", text, "free some disk space" if full > TOO_FULL else ""
             )
 
 
@@ -158,14 +164,16 @@ def _packages() -> Iterator[Diagnosis]:
         except PackageNotFoundError:
             found = "not installed"
         good = found.startswith(wanted)
-        yield Diagnosis(package, "fine" if good else "wrong", found, "" if good else f"needs {wanted}*: make install")
+        yield Diagnosis(
+            package, "fine" if good else "wrong", found, "" if good else f"requires {wanted}*; run make install"
+        )
 
 
 def _ray() -> Iterator[Diagnosis]:
-    """Find out which nodes are alive and what Serve says, at the Ray that the start script named."""
+    """Check the nodes and the Serve applications of the Ray cluster that the start script has set."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        yield Diagnosis("Ray", "note", "RAY_ADDRESS is not set: no cluster was started here by cluster/start.sh")
+        yield Diagnosis("Ray", "note", "RAY_ADDRESS is not set; cluster/start.sh has not started a cluster here")
         return
     from roentgen.ray_connection import ClusterError, connected
 
@@ -181,7 +189,7 @@ def _ray() -> Iterator[Diagnosis]:
                 "Ray",
                 "wrong" if lost else "fine",
                 f"alive: {', '.join(sorted(alive))}" + (f"; lost: {', '.join(sorted(lost))}" if lost else ""),
-                "launch cluster.yaml again: it brings lost nodes back" if lost else "",
+                "launch cluster.yaml again to replace lost nodes" if lost else "",
             )
             for name, application in serve.status().applications.items():
                 states = ", ".join(

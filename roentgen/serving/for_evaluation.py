@@ -1,4 +1,4 @@
-"""The server that an evaluation starts when it is given none; the evaluation itself may not import one."""
+"""Starts a server for an evaluation without `--base-url`. The package `eval_jobs` itself may not import a server."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from serve_app.config import ServerConfig
 
 
 def config_for(settings: EvalSettings) -> ServerConfig:
-    """Return the server that suits an evaluation: what is in flight is generated together, as far as the memory goes."""
+    """Return the configuration of an evaluation's server; its batch holds all requests in flight."""
     given = settings.model_dump(
         include={"model", "revision", "dtype", "quantize", "device", "store"}, exclude_none=True
     )
@@ -25,14 +25,14 @@ def config_for(settings: EvalSettings) -> ServerConfig:
 
 @contextmanager
 def serving_for(settings: EvalSettings, stage: Callable[[str], None]) -> Iterator[str]:
-    """Start the server for an evaluation; yields its base URL.
+    """Serve a model for an evaluation within a context; yields the base URL.
 
     Args:
-        settings: the evaluation's.
-        stage: told what is being done.
+        settings: the evaluation's settings.
+        stage: called with each stage of the start.
 
     Raises:
-        EvalError: if it cannot be started.
+        EvalError: if the server cannot be started.
     """
     from roentgen.serving.local_server import LaunchError, serving
     from roentgen.store import StoreError

@@ -1,4 +1,4 @@
-"""A server of the model that a saved probe is of: the one that is named, or one that is started for as long as it takes."""
+"""Provides a server of a saved probe's model: a given one, or one that is started temporarily."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,24 +19,24 @@ from serve_app.config import ServerConfig
 RETRIES = 4
 
 
-class Named(Protocol):
-    """What says which server, or which model to start one with."""
+class ServerChoice(Protocol):
+    """Settings that name a server, or the model to start one with."""
 
     @property
     def base_url(self) -> str | None:
-        """A server that runs; None to start one."""
+        """Base URL of a running server; None to start one."""
 
     @property
     def model(self) -> str | None:
-        """The model to start it with; None for the probe's own."""
+        """The model to serve; None for the probe's own."""
 
 
 @contextmanager
-def model_server(asked: Named, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
-    """Yield the address of a server of a probe's model: the one that is named, or one that is started for as long.
+def model_server(asked: ServerChoice, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
+    """Provide a server of a probe's model within a context; yields its base URL.
 
     Raises:
-        SweepError: if the one that is named does not answer.
+        SweepError: if the given server does not answer.
     """
     if asked.base_url is not None:
         try:
@@ -50,7 +50,7 @@ def model_server(asked: Named, run: Run, probe: SavedProbe, stage: Callable[[str
     given["quantize"] = quantize_again(hashed.get("quantization"))
     is_runs = (hashed.get("model"), hashed.get("revision")) == (card.model, card.revision)
     model = asked.model or (run.config.model_root if is_runs else card.model)
-    # A sweep stores no activations; the server wants a place for them all the same.
+    # A sweep stores no activations, but the server needs a store.
     with (
         TemporaryDirectory(prefix="roentgen-steer-") as store,
         serving(ServerConfig(model=model, store=store, taps=(card.key,), **given), stage=stage) as url,
@@ -59,19 +59,19 @@ def model_server(asked: Named, run: Run, probe: SavedProbe, stage: Callable[[str
 
 
 def served_name(url: str, probe: SavedProbe) -> str:
-    """Return what the probe's model is called there: a folder that has another name by now is the same model.
+    """Return the server's name of a probe's model, which is identified by its revision, since a folder may have been renamed.
 
     Raises:
-        SweepError: if another model is served, before a thousand requests find out.
+        SweepError: if the server has another model.
     """
     try:
         listed = OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
         revisions = {model.id: (model.model_extra or {}).get("revision") for model in listed}
     except APIError as error:
-        raise SweepError(f"the server at {url} cannot be asked for its models: {error.message}") from error
+        raise SweepError(f"the server at {url} did not list its models: {error.message}") from error
     card = probe.card
     name = next((name for name, revision in revisions.items() if revision == card.revision), None)
     if name is None:
         found = ", ".join(f"{name} ({revision})" for name, revision in revisions.items())
-        raise SweepError(f"the probe is of {card.model} ({card.revision}); {url} serves {found}")
+        raise SweepError(f"the probe belongs to {card.model} ({card.revision}), but {url} serves {found}")
     return name

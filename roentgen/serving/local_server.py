@@ -1,10 +1,10 @@
-"""Runs the server, in this process or on Ray Serve, and takes away what it started.
+"""Runs a server, in this process or on Ray Serve, and stops everything it started.
 
-`serving(config, …)` is the one way in: a context manager that yields the base URL once the model answers. On leaving, also
-after an error or Ctrl-C, the server is gone, and so are the Serve application it deployed and the Ray it started.
+`serving(config, …)` is a context manager that yields the base URL once the model is ready. When the context ends, also after
+an error or Ctrl-C, it stops the server, the Serve application that it deployed, and the Ray cluster that it started.
 
-One replica on a CPU needs no Ray: this process serves it, which starts in half the time. Several replicas, GPUs and vLLM are
-Ray Serve's, on a Ray that is started here or on one that is given.
+One replica on a CPU needs no Ray: this process serves it, which starts in half the time. Several replicas, GPUs and vLLM use
+Ray Serve, on a Ray cluster that is started here or given.
 """
 
 import ipaddress
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "roentgen"
 START_TIMEOUT_S = 1800
-"""A first start may download a model."""
+"""Time limit of a start; a first start may download the model."""
 STOP_TIMEOUT_S = 30
 
 
@@ -52,21 +52,20 @@ def serving(
     verbose: bool = False,
     capture: Capture | None = None,
 ) -> Iterator[str]:
-    """Serve a model; yields the base URL, such as `http://127.0.0.1:8000/v1`.
+    """Serve a model within a context; yields the base URL, such as `http://127.0.0.1:8000/v1`.
 
     Args:
         config: the server's configuration.
-        host: address to bind to; anything but loopback needs an API key in the environment.
-        port: 0 chooses a free one.
-        ray_address: "local" starts a Ray here; HOST:PORT joins one that runs; None starts one unless this process is enough.
-        stage: told what is being done.
-        verbose: let Ray's and the replicas' logs through.
-        capture: what the server is going to be asked to capture, if that is known; vLLM taps this, unless the
-            configuration says what it taps.
+        host: address to listen on; any other than loopback requires an API key in the environment.
+        port: the port; 0 chooses a free one.
+        ray_address: "local" starts Ray here; HOST:PORT joins a cluster; None starts Ray only if it is needed.
+        stage: called with each stage of the start.
+        verbose: show the logs of Ray and the replicas.
+        capture: what requests will capture, if known; vLLM taps these hook points, unless the configuration sets `taps`.
 
     Raises:
-        LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
-        ClusterError: if no Ray answers at the address.
+        LaunchError: if the port is in use, the address requires an API key, or the model cannot be loaded.
+        ClusterError: if no Ray cluster answers at the address.
         StoreError: if the store is not writable.
     """
     check_host(host)
@@ -97,7 +96,7 @@ def serving(
 
 
 def is_enough(config: ServerConfig) -> bool:
-    """Whether one process without Ray can serve a configuration as well as Ray Serve would: one replica, on a CPU."""
+    """Return whether one process without Ray can serve a configuration: one replica on a CPU."""
     copies = max(config.num_replicas, config.max_replicas, config.num_ingresses)
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     return copies == 1 and on_cpu and config.engine != "vllm"
@@ -105,7 +104,7 @@ def is_enough(config: ServerConfig) -> bool:
 
 @contextmanager
 def _in_this_process(config: ServerConfig, host: str, port: int, verbose: bool) -> Iterator[None]:
-    """Serve from this process; on leaving, stop."""
+    """Serve from this process within a context."""
     from serve_app.in_process import serving_replica
 
     if verbose:
@@ -115,7 +114,7 @@ def _in_this_process(config: ServerConfig, host: str, port: int, verbose: bool) 
 
 
 def taps_for(capture: Capture) -> tuple[str, ...]:
-    """Return what vLLM has to tap for a capture: hook points, in the layers asked for where those are counted from 0."""
+    """Return the taps that vLLM needs for a capture: keys of single layers, or hook points for "all" and negative layers."""
     layers = capture.layers
     if layers == "all" or any(layer < 0 for layer in layers):
         return capture.hook_points
@@ -130,7 +129,7 @@ def taps_for(capture: Capture) -> tuple[str, ...]:
 def _application(
     config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool
 ) -> Iterator[None]:
-    """Deploy the Serve application on the Ray that this process is connected to; on leaving, take it away."""
+    """Deploy the Serve application on the connected Ray cluster, and delete it when the context ends."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -148,17 +147,17 @@ def _application(
     finally:
         stage("stopping the server")
         serve.delete(APP_NAME)
-        if not found_serve:  # of someone's cluster, only what was started here is stopped
-            # Also where Ray ends next: Serve would otherwise look for this one's controller when it is started again.
+        if not found_serve:  # on an existing cluster, stop only what was started here
+            # Even if Ray stops next: otherwise Serve would look for this controller when it is started again.
             _end_controller()
             serve.shutdown()
 
 
 def _found_serve(port: int) -> bool:
-    """Return whether Serve runs on this Ray already, for others.
+    """Return whether Serve already runs on this Ray cluster.
 
     Raises:
-        LaunchError: if it serves a model of ours, whose place another one would take, or does not listen at the port.
+        LaunchError: if it already runs a Roentgen server, or listens on another port.
     """
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -166,21 +165,22 @@ def _found_serve(port: int) -> bool:
     running = serve.status()
     if APP_NAME in running.applications:
         raise LaunchError(
-            "this Ray serves a model already, and one Ray serves one at a time: ask that server, end it, or start this one "
-            "without --ray-address, or from a process of its own with --ray-address local"
+            "this Ray cluster already runs a Roentgen server, and can run only one: use that server, stop it, or start this "
+            "one "
+            "without --ray-address, or from another process with --ray-address local"
         )
     if running.proxies and (client := _get_global_client()) is not None and client.http_config.port != port:
         taken = client.http_config.port
         raise LaunchError(
-            f"--port {port}: Ray Serve listens at {taken} on this Ray, for others too; take --port {taken}"
+            f"--port {port}: Ray Serve of this cluster already listens on port {taken}; use --port {taken}"
         )
     return bool(running.proxies)
 
 
 def _end_controller() -> None:
-    """Have Serve's controller end itself and all that it runs, without the call being tried again when it is gone.
+    """Shut down Serve's controller and its actors, without a retry of the call after the controller has exited.
 
-    `serve.shutdown` alone leaves that to Ray, which then tells the terminal that a task failed and is tried for ever.
+    `serve.shutdown` alone retries the call forever and prints a failed task to the terminal.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -188,13 +188,17 @@ def _end_controller() -> None:
     try:
         controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
-    except (ValueError, TimeoutError, RayActorError):  # it is not there, takes long, or is gone as it should be
+    except (
+        ValueError,
+        TimeoutError,
+        RayActorError,
+    ):  # there is no controller, it is slow, or it has exited as it should
         return
 
 
 @contextmanager
 def _startable() -> Iterator[None]:
-    """Say in one line that Serve did not start, as on a machine that is too busy for it."""
+    """Report in one line that Serve did not start, such as on a busy machine."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -205,15 +209,15 @@ def _startable() -> Iterator[None]:
 
 
 def check_host(host: str) -> None:
-    """Refuse an address that others can reach, unless an API key is set.
+    """Refuse an address that other machines can reach, unless an API key is set.
 
     Raises:
-        LaunchError: naming both ways out.
+        LaunchError: if the address is refused.
     """
     loopback = host == "localhost" or _is_loopback(host)
     if not loopback and not api_keys():
         raise LaunchError(
-            f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to {HOST}"
+            f"--host {host}: other machines can reach this address, but no API key is set; set ROENTGEN_API_KEY, or use {HOST}"
         )
 
 
@@ -233,28 +237,28 @@ def free_port(host: str) -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Make sure that nothing listens on a port; 0 stands for one that is free.
+    """Check that a port is valid and free; 0 means any free port.
 
     Raises:
-        LaunchError: naming the port.
+        LaunchError: if it is not.
     """
     if not 0 <= port <= LAST_PORT:
-        raise LaunchError(f"--port {port} is no port; allowed are 1 to {LAST_PORT}, or 0 for any free one")
+        raise LaunchError(f"--port {port}: not a valid port; allowed are 1 to {LAST_PORT}, or 0 for any free port")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise LaunchError(
-                f"--port {port}: {error.strerror or error}; choose another, or 0 for any free one"
+                f"--port {port}: {error.strerror or error}; choose another port, or 0 for any free port"
             ) from error
 
 
 def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float = START_TIMEOUT_S) -> None:
-    """Wait until `/health` says that the model answers, passing its stages on.
+    """Wait until `/health` reports that the model is ready; pass its stages on.
 
     Raises:
-        LaunchError: if the model cannot be loaded, or nothing answers in time.
+        LaunchError: if the model cannot be loaded, or is not ready in time.
     """
     deadline = time.monotonic() + timeout_s
     last = ""
@@ -269,7 +273,7 @@ def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float =
                 last = status["stage"]
                 stage(last)
             time.sleep(0.2)
-    raise LaunchError(f"{base}/health was not ready after {timeout_s:.0f} s; its last stage was: {last}")
+    raise LaunchError(f"the server at {base} was not ready after {timeout_s:.0f} s; its last stage was: {last}")
 
 
 def _health(client: Client, base: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Who listens on a port of this machine, and what to do about it.
+"""Finds and stops the process that listens on a port of this machine.
 
-A stale listener is the seed's classic: a server of last week answers `/health`, and everything after it is a riddle.
+A forgotten server on a port answers `/health` and hides the new one.
 """
 
 import re
@@ -20,31 +20,31 @@ class Listener:
     """A process that listens on a port."""
 
     port: int
-    """Where it listens."""
+    """The port."""
     pid: int | None
-    """Of the process; None if it is another user's."""
+    """The process id; None if the process belongs to another user."""
     command: str
-    """Its command line."""
+    """The command line."""
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is a server or a tunnel of Roentgen's."""
+        """Whether it is a Roentgen server or tunnel."""
         return OURS.search(self.command) is not None
 
     def __str__(self) -> str:
         who = f"process {self.pid} ({self.command[:120]})" if self.pid else "a process of another user"
-        return f"port {self.port} is taken by {who}"
+        return f"port {self.port} is used by {who}"
 
 
 def find_listener(port: int) -> Listener | None:
-    """Return who listens on a TCP port of this machine, on any address."""
+    """Return the listener on a TCP port of this machine, on any address."""
     found = _listed(port)
     if found is None and not _answers(port):
         return None
-    # Whoever began to listen during the first look (psutil lists processes before sockets) is seen whole by a second one.
+    # psutil lists processes before sockets, so a second look finds the process of a listener that has just started.
     if found is None or found.pid is None:
         found = _listed(port)
-    return found or Listener(port, None, "")  # where another user's sockets cannot be listed
+    return found or Listener(port, None, "")  # sockets of other users may not be listed
 
 
 def _answers(port: int) -> bool:
@@ -60,7 +60,7 @@ def _listed(port: int) -> Listener | None:
 
 
 def stop(listener: Listener) -> None:
-    """End a process: ask first, then kill."""
+    """Terminate a process; kill it if it does not exit."""
     if listener.pid is None:
         return
     try:

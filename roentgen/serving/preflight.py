@@ -1,7 +1,7 @@
-"""What a server's configuration alone shows to be wrong, said before Ray or anything else is started.
+"""Checks a server's configuration before Ray or anything else is started.
 
-A start takes a minute, and a model's loading longer; whoever wrote one word wrongly should hear of it in seconds. What is here
-reads small files and asks the machine; whatever only the model itself can tell is left to its loading.
+A start takes a minute, and loading a model longer, so a wrong option is reported within seconds. These checks read small files
+and query the machine; everything that needs the model itself is checked when it is loaded.
 """
 
 from pathlib import Path
@@ -18,15 +18,15 @@ from serve_app.models.model_source import locate
 
 
 class Capture(Protocol):
-    """What is to be captured, as settings and requests have it."""
+    """The layers and hook points to capture, as settings and requests have them."""
 
     @property
     def layers(self) -> Any:
-        """Layers, or "all"."""
+        """The layers, or "all"."""
 
     @property
     def hook_points(self) -> tuple[str, ...]:
-        """Hook points."""
+        """The hook points."""
 
 
 class PreflightError(RoentgenError):
@@ -34,23 +34,23 @@ class PreflightError(RoentgenError):
 
 
 def check_start(config: ServerConfig, capture: Capture | None = None) -> None:
-    """Refuse a configuration that cannot be served on this machine.
+    """Check that this machine can serve a configuration.
 
     Args:
-        config: the server's.
-        capture: what it is going to be asked for, None for nothing.
+        config: the server's configuration.
+        capture: what requests will capture; None if unknown.
 
     Raises:
-        PreflightError: saying what is wrong and what is allowed.
+        PreflightError: if it cannot; the message names the option and what is allowed.
     """
     check_device(config.device)
     for folder in config.probes:
         if not Path(folder).is_dir():
-            raise PreflightError(f"--probes: {folder} is not a folder; `roentgen probe train RUN` makes RUN/probes")
+            raise PreflightError(f"--probes: {folder} is not a folder; `roentgen probe train RUN` creates RUN/probes")
     gpus = torch.cuda.device_count()
     if config.tensor_parallel_size > gpus and config.device == "cuda":
         raise PreflightError(
-            f"--tensor-parallel-size: {config.tensor_parallel_size} GPUs are asked for; here are {gpus}"
+            f"--tensor-parallel-size: {config.tensor_parallel_size} is more than the {gpus} GPUs of this machine"
         )
     try:
         source = locate(
@@ -66,17 +66,17 @@ def check_start(config: ServerConfig, capture: Capture | None = None) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not here.
+    """Check that a device is available.
 
     Raises:
-        PreflightError: naming the ways out.
+        PreflightError: if it is not.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise PreflightError("--device: cuda is asked for, and PyTorch finds no CUDA GPU here; use cpu, or auto")
+        raise PreflightError("--device: cuda is not available, because PyTorch finds no CUDA GPU; use cpu or auto")
 
 
 def with_option_names(message: str) -> str:
-    """Spell a request's parameter as the command line's option: `activations.hook_points: …` as `--hook-points: …`."""
+    """Replace a request's parameter in a message by the option: `activations.hook_points: …` becomes `--hook-points: …`."""
     name, colon, rest = message.partition(": ")
     if colon and name.startswith("activations."):
         return f"--{name.removeprefix('activations.').replace('_', '-')}: {rest}"

@@ -1,8 +1,8 @@
-"""One request through everything: does this server answer, and are the activations that it acknowledges really there?
+"""Checks a server end to end with one request: it must answer, and have stored the activations that it acknowledges.
 
-Six steps, each of which can only pass if the one before did: the server is up; it is ours (a web server that answers 200 to
-everything is not); it has the model; it answers a question; what it kept is in its store, whole and finite; and it can be
-deleted. All of it goes over HTTP, so the same check runs on the cluster's head and through a tunnel.
+The steps, each of which requires the previous one: the server is up; it is a Roentgen server (not any web server that answers
+200); it has the model; it answers a question; the activations are in its store, complete and finite; they can be deleted.
+Everything uses HTTP, so the same check runs on the cluster's head and through a tunnel.
 """
 
 import secrets
@@ -30,16 +30,16 @@ CONNECT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What was found."""
+    """The result of the check."""
 
     model: str
-    """The served name."""
+    """Name of the served model."""
     answer: str
-    """What the model said."""
+    """The model's answer."""
     rows: int
-    """Activation rows kept of it, one per token that passed through the model."""
+    """Number of stored rows, one per token that passed through the model."""
     tensors: tuple[str, ...]
-    """Hook points kept."""
+    """Keys of the stored activations."""
 
 
 def smoke(
@@ -49,13 +49,13 @@ def smoke(
 
     Args:
         base: http://HOST:PORT.
-        key: the server's.
-        stage: told what is being done.
-        model: loaded if another is served; whatever is served if absent.
-        ready_timeout_s: how long the server may take to be ready.
+        key: the server's API key.
+        stage: called with each step.
+        model: model to check, which is loaded if another one is served; None for the served one.
+        ready_timeout_s: time limit for the server to become ready.
 
     Raises:
-        LaunchError: saying which step failed and what was found instead.
+        LaunchError: if a step fails; the message says which one and why.
     """
     _check_answers(base)
     stage(f"waiting for {base}/health")
@@ -66,13 +66,13 @@ def smoke(
         if missing := [route for route in ROUTES if route not in routes]:
             raise LaunchError(f"{base} is not a Roentgen server: /openapi.json lacks {', '.join(missing)}")
         name = _load(client, model, stage)
-        stage("asking a question, activations kept")
+        stage("asking a question and capturing activations")
         session = f"smoke-{secrets.token_hex(4)}"
         reply = _call(client, "POST", "/v1/chat/completions", _question(name, session)).json()
         try:
             report = _check(base, key, name, session, reply, stage)
         except LaunchError:
-            with suppress(LaunchError):  # what was found first is what is wrong
+            with suppress(LaunchError):  # the first error is the relevant one
                 _call(client, "DELETE", f"/v1/activations/session/{session}")
             raise
         _call(client, "DELETE", f"/v1/activations/session/{session}")
@@ -80,10 +80,10 @@ def smoke(
 
 
 def _check_answers(base: str) -> None:
-    """Tell a place where nothing listens, or something else does, from a server that starts.
+    """Distinguish a starting server from an address without a server or with another one.
 
     Raises:
-        LaunchError: saying which it is.
+        LaunchError: if there is no server, or another one.
     """
     url = URL(base)
     port = url.port or (443 if url.scheme == "https" else 80)
@@ -91,7 +91,7 @@ def _check_answers(base: str) -> None:
         socket.create_connection((url.host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise LaunchError(
-            f"nothing answers at {url.host}:{port} ({error.strerror or error}): start a server there (`roentgen serve`), or "
+            f"no connection to {url.host}:{port} ({error.strerror or error}): start a server there (`roentgen serve`), or "
             "open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
         ) from error
     try:
@@ -127,7 +127,7 @@ def _question(model: str, session: str) -> dict[str, Any]:
 def _check(
     base: str, key: str, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
 ) -> SmokeReport:
-    """Fetch what the server says it kept, and compare it with what it says of it."""
+    """Fetch the stored activations, and compare them with the server's reply."""
     stage("reading the activations back")
     kept = ActivationReply.model_validate(reply["activations"])
     rows = reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"] - 1
@@ -138,12 +138,12 @@ def _check(
             raise LaunchError(str(error)) from error
         checked = verify(opened)
         if not checked.ok or checked.rollouts != 1:
-            raise LaunchError(f"session {session} holds {checked.rollouts} rollouts instead of one, or is damaged")
+            raise LaunchError(f"session {session} has {checked.rollouts} rollouts instead of one, or is damaged")
         for stored in kept.tensors:
             values = opened.activations(stored)[0].values.float().numpy()
             if values.shape[0] != rows or not np.isfinite(values).all():
                 raise LaunchError(
-                    f"{stored} of session {session} has shape {values.shape} and should have {rows} finite rows"
+                    f"{stored} of session {session} has shape {values.shape}; expected {rows} finite rows"
                 )
     return SmokeReport(model, str(reply["choices"][0]["message"]["content"]), rows, tuple(kept.tensors))
 

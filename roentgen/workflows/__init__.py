@@ -1,1 +1,1 @@
-"""Commands that join several packages: `capture_texts`, `steering_sweep`, `garbage_collection`."""
+"""Commands that combine several packages: `capture_texts`, `steering_sweep`, `garbage_collection`."""

@@ -41,31 +41,31 @@ from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, Tea
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
 
 SECONDS_BETWEEN_LINES = 5.0
-"""Of progress, where there is no terminal to draw a bar on."""
+"""Seconds between lines of progress without a terminal."""
 
 
 class CaptureError(RoentgenError):
-    """Nothing, or nothing more, can be captured; the message says why and what to do."""
+    """The capture cannot start or continue; the message says why and what to do."""
 
 
 @dataclass
 class CaptureReport:
-    """What came of it."""
+    """The result of a capture."""
 
     session: str
     """The session's address."""
     run: Path | None
-    """The run that the texts are of, None if they are a file's."""
+    """The run that the texts come from; None for a file."""
     held: int = 0
-    """Texts that the session had already."""
+    """Number of texts that the session already had."""
     stored: int = 0
-    """Texts captured."""
+    """Number of captured texts."""
     tokens: int = 0
-    """Of those."""
+    """Number of tokens of the captured texts."""
     seconds: float = 0.0
-    """How long capturing them took."""
+    """Duration of the capture."""
     failures: list[tuple[str, str]] = field(default_factory=list)
-    """Per text that was not captured, why."""
+    """Name and reason of each text that was not captured."""
 
 
 def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], None]) -> CaptureReport:

@@ -1,11 +1,11 @@
-"""A run as a Hugging Face dataset: `roentgen export RUN FOLDER --format hf`, and with `--push`, on the hub.
+"""Exports a run as a Hugging Face dataset: `roentgen export RUN FOLDER --format hf`, and `--push` uploads it.
 
-    FOLDER/README.md                        the card: how it was made, how to load it
+    FOLDER/README.md                        the dataset card: how it was made, how to load it
     FOLDER/samples/  FOLDER/rollouts/       tables (`dataset_tables`)
     FOLDER/layers.12.resid_post/  …         one per stored key
 
-The folder appears when it is whole. Nothing here needs a network but `push`, which uses huggingface_hub with the token that
-`hf auth login` or `HF_TOKEN` gave it.
+The folder is created atomically. Only `push` needs a network; it uses huggingface_hub with the token of `hf auth login` or
+`HF_TOKEN`.
 """
 
 import shlex
@@ -24,23 +24,23 @@ from roentgen.workflows.dataset_tables import Judged, Table, write_rollouts, wri
 
 
 class ExportError(RoentgenError):
-    """A run cannot be exported or sent; the message says why."""
+    """A run cannot be exported or uploaded; the message says why."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A run that has been written in another format."""
+    """The result of an export."""
 
     path: Path
-    """The file, or a data set's folder."""
+    """The file, or the dataset's folder."""
     tables: tuple[Table, ...]
-    """What is in it: the samples and, in a data set, the rollouts next, then a table per stored key."""
+    """The tables: samples and, in a dataset, rollouts and then one table per stored key."""
     address: str = ""
-    """Of the commit, where it was sent to the Hugging Face hub."""
+    """Address of the commit on the Hugging Face Hub, if it was uploaded."""
 
     @property
     def nbytes(self) -> int:
-        """Of all tables."""
+        """Size of all tables in bytes."""
         return sum(table.nbytes for table in self.tables)
 
 
@@ -51,18 +51,18 @@ def export_dataset(
 
     Args:
         run: the run.
-        folder: where to; made, and it may not hold anything yet.
-        session: a session that was captured of the run's answers, whose rows to take instead of the run's own.
-        stage: told what is being written.
+        folder: the output folder, which must not exist or be empty.
+        session: a session captured from the run's answers, used instead of the run's own activations.
+        stage: called with each stage.
 
     Raises:
-        ExportError: if the folder holds something.
+        ExportError: if the folder is not empty.
         RunError: if the record is damaged.
         StoreError: if activations cannot be read.
-        OSError: as the disk answers; there is no folder then.
+        OSError: if a file cannot be written; the folder is then not created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder} is there already, and not empty; choose another folder, or remove it")
+        raise ExportError(f"{folder} exists and is not empty; choose another folder, or remove it")
     extractor = run.config.settings["extractor"]
     samples = run.read_samples().by_name()
     stage(f"reading {run.path}")
@@ -95,18 +95,18 @@ def export_dataset(
 
 
 def push(folder: Path, repository: str, *, public: bool = False) -> str:
-    """Send an exported folder to the Hugging Face hub, with the token that huggingface_hub finds.
+    """Upload an exported folder to the Hugging Face Hub, with the token that huggingface_hub finds.
 
     Args:
-        folder: what `export_dataset` wrote.
-        repository: user/name of the data set; made if absent.
-        public: whether everybody may see a repository that is made; one that is there stays as it is.
+        folder: the folder that `export_dataset` wrote.
+        repository: USER/NAME of the dataset; created if it does not exist.
+        public: whether a new repository is public; an existing one is not changed.
 
     Returns:
         The commit's address.
 
     Raises:
-        ExportError: if the hub cannot be reached or refuses; the folder stays, to be sent again.
+        ExportError: if the upload fails; the folder is kept.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -119,7 +119,7 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ExportError(
-            f"--push: {repository!r} was not sent: {' '.join(str(error).split())}; the data set is in {folder}, and "
-            f"`hf upload {repository} {shlex.quote(str(folder))} --repo-type dataset` sends it again"
+            f"--push: {repository!r} was not uploaded: {' '.join(str(error).split())}; the dataset is in {folder}; retry with "
+            f"`hf upload {repository} {shlex.quote(str(folder))} --repo-type dataset`"
         ) from error
     return str(done.commit_url)

@@ -1,7 +1,7 @@
-"""`roentgen sessions gc`: removes from a session what no reader uses and, given its runs, what no run names.
+"""`roentgen sessions gc`: removes files that no reader uses and, given the session's runs, rollouts that no run references.
 
-An evaluation that is killed may leave rollouts that are stored but not recorded: when it continues, it poses their problems
-again. Only the runs tell which rollouts those are, so they must be given; rollouts of other configurations stay.
+A killed evaluation may leave rollouts that are stored but not recorded; when it continues, it asks their problems again. Only
+the runs know which rollouts these are, so they must be given. Rollouts of other configurations are kept.
 """
 
 import time
@@ -18,7 +18,7 @@ from roentgen.store.merging import compact, remove_unused
 
 @dataclass(frozen=True)
 class Removed:
-    """What was removed: rollouts that no run names, and files with their bytes."""
+    """The result: number of removed rollouts, removed files, and their size."""
 
     dropped: int = 0
     files: list[str] = field(default_factory=list)
@@ -30,14 +30,14 @@ def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_
 
     Args:
         uri: the session's address.
-        runs: run directories: of their configurations, only rollouts that they name stay.
-        older_than_s: leave what is younger than this, in seconds.
-        dry_run: only say what would go.
+        runs: run directories; rollouts of their configurations that they do not reference are removed.
+        older_than_s: keep files and rollouts younger than this, in seconds.
+        dry_run: only return what would be removed.
 
     Raises:
         StoreError: if the session cannot be read, or is damaged.
         RunError: if a run cannot be read.
-        OSError: as the disk or the bucket answers.
+        OSError: if a file cannot be removed.
     """
     session, opened = Session.open(uri), [Run(run) for run in runs]
     named = {ref.rollout_id for run in opened for sample in run.read_samples() for ref in sample.rollouts}
@@ -45,7 +45,7 @@ def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_
     unwanted: list[str] = []
     if runs:
         frame = session.rollouts(unique=False, columns=())
-        # A ULID begins with its time, and sorts by it.
+        # A ULID starts with its time, so it sorts by time.
         old = frame["rollout_id"] < str(ULID.from_timestamp(time.time() - older_than_s))
         of_these = frame["config_hash"].isin(hashes) & ~frame["rollout_id"].isin(named)
         unwanted = frame.loc[old & of_these, "rollout_id"].tolist()

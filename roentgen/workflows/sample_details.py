@@ -1,6 +1,6 @@
-"""One sample of a run, all that is known of it: what was asked and said, every verdict, its rows, and its probe scores.
+"""The details of one sample of a run: conversation, verdicts, the location of its activations, and probe scores.
 
-`find_sample` finds the sample that a person means; `describe` reads the rest from the store and from the run's probes.
+`find_sample` finds the sample by number, id or problem; `describe` adds data from the store and from the run's probes.
 """
 
 import json
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"_0*([0-9]+)(_e[0-9]+)?(_v-.*)?$")
 
 @dataclass(frozen=True)
 class SelectedSample:
-    """A sample, and which others the same words name."""
+    """A sample, and the other samples with the same number or problem."""
 
     sample: Sample
     """The first of them by epoch and variant."""
@@ -33,46 +33,46 @@ class SelectedSample:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Where the rows of one turn are."""
+    """The location of one turn's rows."""
 
     turn: int
-    """Which turn of the conversation."""
+    """Number of the turn in the conversation."""
     rollout_id: str
     """The rollout in the session's index."""
     session: str
     """The session's address."""
     shard: str
-    """The file, inside the session."""
+    """The file in the session."""
     rows: tuple[int, int]
-    """The first of its rows in every tensor of the file, and the one behind the last."""
+    """Start and end of its rows in every tensor of the file."""
     positions: list[int]
-    """Which token each row is of; -1 for a mean over several."""
+    """Token index of each row; -1 for a mean over several tokens."""
     shapes: dict[str, tuple[int, ...]]
     """Per stored key, `[rows, *shape]`."""
     dtype: str
-    """What they are stored as."""
+    """Data type of the stored rows."""
 
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What a run's best probe of a label says of the sample."""
+    """The score of a run's best probe for a label."""
 
     label: str
-    """What the probe reads."""
+    """The probe's label."""
     name: str
-    """The probe, `layers.12.resid_post@last_prompt`."""
+    """Name of the probe, such as `layers.12.resid_post@last_prompt`."""
     scores: list[float] = field(default_factory=list)
-    """One for each of its outputs."""
+    """One score per output."""
     unit: str = "score"
-    """What they are: log_odds, logits, value or score."""
+    """Unit of the scores: log_odds, logits, value or score."""
     classes: tuple[str, ...] = ()
-    """Names of the outputs, where there are several."""
+    """Names of the outputs, if there are several."""
     unread: str = ""
-    """Why there is no score, if so."""
+    """Why there is no score; else empty."""
 
     @property
     def probability(self) -> float | None:
-        """That the label is true, of a probe with log-odds."""
+        """Probability that the label is true, for a probe with log-odds; else None."""
         if self.unit != "log_odds" or len(self.scores) != 1:
             return None
         return 1 / (1 + math.exp(-max(min(self.scores[0], 700.0), -700.0)))
@@ -80,22 +80,22 @@ class ProbeScore:
 
 @dataclass(frozen=True)
 class SampleDetails:
-    """All that is known of a sample."""
+    """The details of a sample."""
 
     sample: Sample
-    """The record's entry: messages, answers, counts."""
+    """The sample's record: messages, answers, token counts."""
     primary: str
-    """The extractor whose verdict counts."""
+    """The primary extractor."""
     verdicts: dict[str, str | None]
-    """Each extractor's: correct, wrong or no_answer; None of a failed sample."""
+    """Each extractor's verdict: correct, wrong or no_answer; None for a failed sample."""
     stored: list[StoredRows]
-    """Where its rows are, a place per turn."""
+    """The location of its rows, one entry per turn."""
     lost: str
-    """Why that is not known though rows were kept, if so."""
+    """Why stored rows cannot be located; else empty."""
     scores: list[ProbeScore]
-    """The best probe's of each label that the run has probes of."""
+    """Score of the best probe for each label with probes in the run."""
     others: list[str] = field(default_factory=list)
-    """Names of the other samples that the same words name: of other epochs and variants."""
+    """Names of the samples of other epochs and variants."""
 
 
 def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant: str | None = None) -> SelectedSample:
@@ -135,7 +135,7 @@ def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant
 
 
 def describe(run: Run, sample: Sample, others: list[str]) -> SampleDetails:
-    """Say all that is known of a sample; what the store or a probe cannot say is said to be unknown.
+    """Return a sample's details; if the store or a probe cannot be read, the details say why.
 
     Args:
         run: whose.

@@ -1,13 +1,13 @@
-"""`roentgen probe steer`: a saved probe's direction, tried on a run's problems through a server.
+"""`roentgen probe steer`: generates a run's problems with a saved probe's direction added, through a server.
 
     RUN/probes/<label>/steering/<probe>/
-      outcomes.jsonl   every answer, as it came
+      outcomes.jsonl   every answer, in order of arrival
       steering.png     accuracy, parse rate and length over the scale
-      steering.json    what was found; written last
+      steering.json    the report; written last
 
-The problems, the prompts, the sampling and the way answers are read are those of the run, so that "no steering" is the run's
-own condition. A scale of 1 adds a vector as long as rows typically are from their mean, where the probe reads (the root of
-the summed variances that the probe was standardised with): scales mean the same at every layer and of every model.
+Problems, prompts, sampling and scorer are those of the run, so that "no steering" is the run's own condition. A scale of 1
+adds a vector whose length is the typical distance of a row from the mean at the probe's hook point (the root of the summed
+variances that the probe was standardized with), so that scales are comparable across layers and models.
 """
 
 import asyncio
@@ -32,21 +32,23 @@ from roentgen.workflows.command_settings import SteerSettings
 
 
 def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: None) -> SweepReport:
-    """Answer a run's problems with and without steering and write what it did.
+    """Generate a run's problems with and without steering, and write a report.
 
     Args:
-        settings: what to do.
-        stage: told what is being done.
+        settings: the command's settings.
+        stage: called with each stage.
 
     Raises:
-        SavedProbeError: if there is no such probe.
-        RunError: if there is no such run.
-        SweepError: if the probe, the run and the server do not fit together, or a request fails for good.
+        SavedProbeError: if the probe does not exist.
+        RunError: if the run does not exist.
+        SweepError: if the probe, the run and the server do not match, or a request fails.
     """
     path, saved = find_probe(settings.probe, settings.label)
     run = Run(settings.problems or path.parent.parent.parent)
     if len(saved.weight) > 1:
-        raise SweepError(f"{path} has {len(saved.weight)} directions, one per class; steer with a probe that has one")
+        raise SweepError(
+            f"{path} has {len(saved.weight)} directions, one per class; allowed are probes with one direction"
+        )
     tasks, posed = _tasks(run, settings.samples)
     card, unit = saved.card, float(saved.scale.norm())
     hook_point, layer = split_key(card.key)
@@ -90,7 +92,7 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
 
 
 def render(report: SweepReport) -> Table:
-    """Return what was found as a table."""
+    """Format the report as a table."""
     name = report.probe.rpartition("/")[2]
     title = f"{name}, {report.problems} problems; a scale of 1 adds {report.unit:.3g} [95% interval]"
     table = Table(title=title, title_justify="left")
@@ -111,20 +113,20 @@ def render(report: SweepReport) -> Table:
 
 
 def _tasks(run: Run, samples: int) -> tuple[list[SweepTask], dict[str, Problem]]:
-    """Return the first problems of a run, each once: as they were posed, and by their ids."""
+    """Return the first problems of a run, each once, as tasks and by id."""
     if run.config.hashed.get("mode") == "with-tools":
-        raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
+        raise SweepError(f"{run.path} used tools, which a sweep does not support; use a run without tools")
     tasks: dict[str, SweepTask] = {}
     problems: dict[str, Problem] = {}
     answered = [sample for sample in run.read_samples().by_name() if sample.error is None]
-    posed: set[int] = set()  # the same question under two ids is one problem
+    posed: set[int] = set()  # the same question with two ids is one problem
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
         if problem not in posed and len(tasks) < samples:
             posed.add(problem)
             tasks[sample.problem_id] = SweepTask(sample.problem_id, sample.prompt_messages)
             problems[sample.problem_id] = problem_of(sample)
     if not tasks:
-        raise SweepError(f"{run.path} has no answered problem")
+        raise SweepError(f"{run.path} has no answered problems")
     return list(tasks.values()), problems
 
 

@@ -1,1 +1,1 @@
-"""The HTTP side: the ingress and its routes, what stands before every request, and what is measured."""
+"""The HTTP layer: the ingress and its routes, the middleware, and the metrics."""

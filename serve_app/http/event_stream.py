@@ -1,8 +1,8 @@
-"""How a stream's chunks are written as server-sent events.
+"""Formats a stream's chunks as server-sent events.
 
-A replica sends chunks, an error as one, and at the end what the request took, which stays here. Events of chat completions and
-completions have no name, an error's has its envelope, and the last is `[DONE]`. A response's are named by their type, and the
-last one says how it ended.
+A replica sends chunks, an error as a chunk, and at the end the request's statistics, which are kept for the middleware. Events
+of chat completions and completions have no name, an error event has OpenAI's envelope, and the last event is `[DONE]`. Events
+of a response are named by their type, and the last one carries the final status.
 """
 
 import json
@@ -19,18 +19,18 @@ class EventStream:
     """The events of chat completions and of completions."""
 
     end = "data: [DONE]\n\n"
-    """What comes after the last event."""
+    """Text after the last event."""
 
     def __init__(self, state: State) -> None:
-        """Begin a stream.
+        """Start a stream.
 
         Args:
-            state: the request's, which the middleware looks at.
+            state: the request's state, which the middleware reads.
         """
         self._state = state
 
     def write(self, chunks: list[dict[str, Any]]) -> str:
-        """Write chunks; what the request took is kept."""
+        """Format chunks; statistics go into the request's state."""
         written = []
         for chunk in chunks:
             if "stats" in chunk:
@@ -42,7 +42,7 @@ class EventStream:
         return "".join(written)
 
     def fail(self, error: ApiError) -> str:
-        """Write that the request has failed."""
+        """Format an error."""
         self._state.error_code = error.code
         return self._failure(error)
 
@@ -59,11 +59,11 @@ class ResponseEventStream(EventStream):
     end = ""
 
     def __init__(self, state: State, request: ResponsesRequest) -> None:
-        """Begin a stream.
+        """Start a stream.
 
         Args:
-            state: the request's, which the middleware looks at.
-            request: what was asked.
+            state: the request's state, which the middleware reads.
+            request: the request.
         """
         super().__init__(state)
         self._request = request

@@ -1,7 +1,7 @@
-"""What every route has in common: the error envelope, the key, and what `middleware` puts around a request.
+"""The FastAPI application that all routes share: error envelope, API key, strict JSON bodies, and `middleware`.
 
-FastAPI's own errors (an unknown route, an invalid body) become OpenAI's envelope too, and never 422: OpenAI's clients know
-400. Pages in browsers may use the server only from the origins that the configuration names; by default from none.
+FastAPI's own errors (an unknown route, an invalid body) get OpenAI's envelope too. Invalid bodies get 400 instead of 422,
+because OpenAI's clients expect 400. Browser pages may call the server only from the configured origins; none by default.
 """
 
 import hmac
@@ -42,22 +42,22 @@ def check_key(request: Request) -> None:
     """
     keys = api_keys()
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    # Every key is compared, each in constant time, so that timing tells nothing; as bytes: a header need not be UTF-8.
+    # Compare every key in constant time, so that timing reveals nothing; as bytes, because a header need not be UTF-8.
     matches = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
     if keys and not (scheme.lower() == "bearer" and any(matches)):
         raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
 def auth_dependencies() -> list[params.Depends]:
-    """Return what stands before every route but `/health`: the check of the key, and, with a key, its description."""
+    """Return the dependencies of every route but `/health`: checks of the API key and of the run, and the key's description."""
     described = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api_keys() else []
     return [Depends(check_key), Depends(_known_run), *described]
 
 
 def _methods(api: FastAPI, scope: Scope) -> list[str]:
-    """Return the methods that a path has; the first route that knows the path would only tell its own."""
-    asked = [{**scope, "method": method} for method in ("DELETE", "GET", "PATCH", "POST", "PUT")]
-    found = [one["method"] for one in asked if any(route.matches(one)[0] is Match.FULL for route in api.routes)]
+    """Return the methods of a path, over all routes; a single route knows only its own."""
+    candidates = [{**scope, "method": method} for method in ("DELETE", "GET", "PATCH", "POST", "PUT")]
+    found = [one["method"] for one in candidates if any(route.matches(one)[0] is Match.FULL for route in api.routes)]
     return sorted([*found, *(["HEAD"] if "GET" in found else [])])
 
 
@@ -66,7 +66,7 @@ class _JsonRequest(Request):
         if not hasattr(self, "_json"):
             body = read_json(await self.body())
             if (address := getattr(self.state, "run_address", None)) is not None:
-                check_key(self)  # else it comes after the body, and nobody without one learns which runs there are
+                check_key(self)  # before the run is looked up, so that only clients with a key learn which runs exist
                 run = await run_of(self)
                 self.state.run_address = named_by_prompt(address, body)
                 body = body if run is None else with_settings(body, run.id, run.settings)
@@ -75,15 +75,15 @@ class _JsonRequest(Request):
 
 
 async def _known_run(request: Request) -> None:
-    """Refuse a request to an address of a run that is not there, also on routes that need nothing of it."""
+    """Refuse a request to the address of an unknown run, also on routes that do not use the run."""
     await run_of(request)
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read strictly (`roentgen.strict_json`); the ingress's routers make their routes of it."""
+    """A route that parses its body strictly (`roentgen.strict_json`)."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, which FastAPI asks for the body."""
+        """Return a handler whose request parses JSON strictly."""
         handle = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
@@ -93,14 +93,14 @@ class JsonRoute(APIRoute):
 
 
 def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] = ()) -> FastAPI:
-    """Return an application without routes that turns every error into the envelope.
+    """Return an application without routes, which formats every error in OpenAI's envelope.
 
     Args:
-        max_body_bytes: the largest body it reads; beyond, 413.
-        metrics: told of every request.
-        cors_origins: whose pages may use it from a browser; `*` for everybody's.
+        max_body_bytes: maximum size of a request body; larger ones get 413.
+        metrics: counts every request.
+        cors_origins: origins whose pages may call the server from a browser; `*` for all.
     """
-    # The description of the routes is a route like the others, behind the key (`Ingress`).
+    # `Ingress` adds /openapi.json as a route that requires the key.
     api = FastAPI(title="Roentgen", version=__version__, openapi_url=None, servers=SERVERS)
     api.router.route_class = JsonRoute
     api.add_middleware(RunAddresses)
@@ -113,7 +113,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
             CORSMiddleware,
             allow_origins=list(cors_origins),
             allow_methods=["*"],
-            allow_headers=["*"],  # Authorization, and what OpenAI's SDK says of itself
+            allow_headers=["*"],  # Authorization, and the headers of OpenAI's SDK
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     api.add_middleware(RequestObserver, metrics=metrics)
@@ -129,7 +129,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
 
     @api.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        match error.__cause__:  # FastAPI wraps whatever is raised while a body is read
+        match error.__cause__:  # FastAPI wraps exceptions raised while it reads a body
             case JsonError() as cause:
                 return await on_api_error(request, from_json(cause))
             case ApiError() as cause:
@@ -144,7 +144,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
 
     @api.exception_handler(StoreError)
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
-        log.error("%s", error)  # with paths, which are no client's business
+        log.error("%s", error)  # it contains paths, which clients must not see
         return await on_api_error(request, ApiError(500, "the session cannot be read", code="store_failed"))
 
     @api.exception_handler(Exception)

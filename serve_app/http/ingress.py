@@ -1,8 +1,8 @@
-"""The routes: each validates a request, hands it to a replica, and turns what comes back into a reply.
+"""The routes of the server. Each validates a request, passes it to a replica, and returns the reply.
 
-The ingress holds no model. It validates a request's body (unknown parameters are errors), hands it to a replica through the
-Serve handle, and turns what comes back into a JSON reply or server-sent events. For a stream it waits for the first piece
-before it answers, so that whatever can fail at once fails with an HTTP status instead of inside a 200.
+The ingress holds no model. It validates a request's body (unknown parameters are errors), passes it to a replica through the
+Serve handle, and converts the result to a JSON reply or server-sent events. For a stream it waits for the first piece before
+it answers, so that an immediate failure gets an HTTP error status instead of an error inside a 200.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 Generation = ChatRequest | CompletionRequest | ResponsesRequest
-# Checked by `_check_id`, so that the error is worded as everywhere.
+# `_check_id` checks it, so that the error message is the same as elsewhere.
 SessionInPath = Annotated[str, Path(json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 
@@ -63,13 +63,13 @@ class Ingress:
         redeploy: Callable[[ModelChoice], None],
         numbers: "DeploymentHandle | None" = None,
     ) -> None:
-        """Answer for the replicas of a model.
+        """Create the ingress of a model's replicas.
 
         Args:
-            model: the replicas.
-            config: the server's.
-            redeploy: serves another model.
-            numbers: the deployment that numbers calls, where other ingresses ask for numbers too.
+            model: handle of the replicas.
+            config: the server's configuration.
+            redeploy: deploys the application with another model.
+            numbers: the deployment of `TurnCounter`, if there are several ingresses.
         """
         self._model = model
         self._config = config
@@ -80,7 +80,7 @@ class Ingress:
         self._numbers: TurnNumbers = TurnCounter(config.store) if numbers is None else SharedTurnCounter(numbers)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
+        """Return the application with all routes, which require the key except `/health`; Serve calls this once per replica."""
         api = make_api(self._config.max_body_bytes, self._metrics, self._config.cors_origins)
         api.state.runs = self._runs
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
@@ -122,7 +122,7 @@ class Ingress:
         return api
 
     async def health(self) -> JSONResponse:
-        """Say whether the model answers, or what stage its start or its swap is in; 503 until it is ready."""
+        """Report whether the model is ready, or the stage of its start or swap; 503 until it is ready."""
         status = await self._replicas.known()
         health: schemas.Health = {"status": status["status"], "stage": status["stage"]}
         return JSONResponse(health, 200 if health["status"] == "ok" else 503)
@@ -144,35 +144,35 @@ class Ingress:
         return structure
 
     async def load_model(self, body: ModelChoice) -> schemas.ModelCard:
-        """Serve another model in place of this one; answers when it is ready, or why it cannot be."""
+        """Replace the served model; answers once the new model is ready, or with the reason why it cannot be loaded."""
         self._replicas.check_allowed(body)
-        # Begun is begun: a client that goes away does not leave the replicas between two models.
+        # A started swap runs to completion even if the client disconnects.
         status = await asyncio.shield(asyncio.create_task(self._replicas.swap(body)))
         card: schemas.ModelCard = status["model"]
         return card
 
     async def version(self) -> schemas.Version:
-        """Say which version of Roentgen answers."""
+        """Show the version of Roentgen."""
         return {"version": __version__}
 
     async def metrics(self) -> Response:
-        """Show what has been measured, and how much there is to do."""
+        """Show counters, latencies and the engines' load in Prometheus format."""
         return Response(self._metrics.text(await self._replicas.loads()), media_type=CONTENT_TYPE_LATEST)
 
     async def chat(self, request: Request, body: ChatRequest) -> Any:
-        """Answer a chat completion, whole or streamed, with activations kept if asked."""
+        """Generate a chat completion, whole or streamed; capture activations if requested."""
         return await self._generate(request.state, body)
 
     async def completions(self, request: Request, body: CompletionRequest) -> Any:
-        """Continue raw prompts, whole or streamed, with activations kept if asked."""
+        """Complete raw prompts, whole or streamed; capture activations if requested."""
         return await self._generate(request.state, body)
 
     async def responses(self, request: Request, body: ResponsesRequest) -> Any:
-        """Answer a request for a response, whole or streamed, with activations kept if asked."""
+        """Generate a response, whole or streamed; capture activations if requested."""
         return await self._generate(request.state, body)
 
     async def begin_run(self, body: RunSettings) -> schemas.RunRecord:
-        """Keep settings under a name, for requests to the run's addresses; the same again changes nothing."""
+        """Create a run: named settings for requests to the run's addresses. Repeating the same request changes nothing."""
         return (await self._runs.begin(body)).record()
 
     def runs(self) -> schemas.RunList:
@@ -188,20 +188,20 @@ class Ingress:
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """Count and return the tokens of a text or of a conversation."""
-        await self._replicas.check_there()
-        with self._replicas.asked():
+        await self._replicas.check_started()
+        with self._replicas.api_errors():
             return _answer(await self._model.tokenize.remote(body))
 
     async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
         """Return the text of tokens."""
-        await self._replicas.check_there()
-        with self._replicas.asked():
+        await self._replicas.check_started()
+        with self._replicas.api_errors():
             return _answer(await self._model.detokenize.remote(body))
 
     async def tokenizer_info(self) -> JSONResponse:
         """Describe the model's tokenizer, for clients that tokenize as the server does."""
-        await self._replicas.check_there()
-        with self._replicas.asked():
+        await self._replicas.check_started()
+        with self._replicas.api_errors():
             return _answer(await self._model.tokenizer_info.remote())
 
     def sessions(self) -> schemas.SessionList:
@@ -214,7 +214,7 @@ class Ingress:
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> schemas.SessionPage:
-        """Show what a session holds, with a page of its rollouts."""
+        """Show a session's summary and a page of its rollouts."""
         session = self._find(session_id)
         entry = _session_entry(summarize_session(session.folder))
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
@@ -222,7 +222,7 @@ class Ingress:
         return {**entry, "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
 
     def delete_session(self, session_id: SessionInPath) -> schemas.DeletedSession:
-        """Delete a session and all it holds; one that is being written is refused."""
+        """Delete a session and its files; a session that is being written is refused."""
         _check_id(session_id)
         if self._writing[session_id]:
             raise ApiError(409, f"session {session_id!r} is being written", param="session_id", code="session_busy")
@@ -235,7 +235,7 @@ class Ingress:
         return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
 
     def add_labels(self, session_id: SessionInPath, body: LabelsRequest) -> schemas.AddedLabels:
-        """Add labels to stored rollouts, such as a harness' scores; the same again changes nothing."""
+        """Add labels to stored rollouts, such as a harness's scores. Repeating the same request changes nothing."""
         done = self._find(session_id).add_labels(body.labels)
         return {
             "object": "activations.labels",
@@ -246,13 +246,13 @@ class Ingress:
         }
 
     def download(self, session_id: SessionInPath) -> StreamingResponse:
-        """Send a session as a tar archive: what is committed now, also while more is being written."""
+        """Send a session as a tar archive of what is committed now, also while it is being written."""
         size, pieces = tar_session(self._find(session_id))
         headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
         return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
 
     def files(self, session_id: SessionInPath) -> schemas.SessionFiles:
-        """List a session's committed files: what `roentgen sessions pull` fetches, one by one."""
+        """List a session's committed files, which `roentgen sessions pull` fetches one by one."""
         files = session_files(self._find(session_id))
         return {"object": "list", "data": [{"name": file.name, "size": file.size} for file in files]}
 
@@ -276,16 +276,16 @@ class Ingress:
             raise _no_session(session_id) from error
 
     async def _generate(self, state: State, body: Generation) -> Any:
-        await self._replicas.check_there()
+        await self._replicas.check_started()
         body = await with_identity(body, getattr(state, "run_address", None), self._numbers)
         if body.stream:
             return await self._stream(state, body)
-        with self._session_in_use(body), self._replicas.asked():
+        with self._session_in_use(body), self._replicas.api_errors():
             response = self._model.generate.remote(body, state.request_id)
             try:
                 result = await response
             except asyncio.CancelledError:
-                response.cancel()  # the client went away: free its place in the batch
+                response.cancel()  # the client disconnected: free its slot in the batch
                 raise
         state.stats = result.get("stats")
         if "error" in result:
@@ -294,11 +294,11 @@ class Ingress:
 
     async def _stream(self, state: State, body: Generation) -> StreamingResponse:
         pieces = self._model.options(stream=True).generate_stream.remote(body, state.request_id)
-        with self._replicas.asked():
+        with self._replicas.api_errors():
             try:
                 first = await anext(pieces)
             except asyncio.CancelledError:
-                pieces.cancel()  # the client went away before anything was said
+                pieces.cancel()  # the client disconnected before the first piece
                 raise
         if first and first[0].keys() == {"error"}:
             raise _named(body, first[0]["error"])
@@ -306,11 +306,11 @@ class Ingress:
 
         async def events() -> AsyncIterator[str]:
             try:
-                with self._session_in_use(body), self._replicas.asked():
+                with self._session_in_use(body), self._replicas.api_errors():
                     yield written.write(first)
                     async for chunks in pieces:
                         yield written.write(chunks)
-            except ApiError as error:  # the status is sent already: the failure has to be said inside the stream
+            except ApiError as error:  # the status is already sent, so the error goes into the stream
                 yield written.fail(error)
             finally:
                 pieces.cancel()
@@ -320,7 +320,7 @@ class Ingress:
 
     @contextmanager
     def _session_in_use(self, body: Generation) -> Iterator[None]:
-        """Count a request that writes a session, so that nobody deletes it meanwhile."""
+        """Count a request that writes a session, so that the session is not deleted meanwhile."""
         session_id = body.capture.session_id if body.capture else None
         if session_id is None:
             yield
@@ -351,7 +351,7 @@ _ENTRY = ("rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "ro
 
 
 def _entry(row: dict[Any, Any]) -> schemas.RolloutEntry:
-    """Spell a rollout of a session's page; its labels as they were sent, where pandas would round their numbers."""
+    """Format a rollout of a session's page; labels keep the numbers that were sent, which pandas would round."""
     entry = {name: None if pd.isna(row[name]) else row[name] for name in _ENTRY}
     # pandas has no integers in a column with gaps.
     numbers = {name: int(row[name]) for name in ("epoch", "turn") if entry[name] is not None}
@@ -371,6 +371,6 @@ def _answer(result: Body) -> JSONResponse:
 
 
 def _named(body: Generation, payload: Body) -> ApiError:
-    """Return an error with the names that parameters have on the request's route."""
+    """Return an error whose parameter has the name of the request's route."""
     error = ApiError.from_payload(payload)
     return body.renamed(error) if isinstance(body, ResponsesRequest) else error

@@ -1,8 +1,8 @@
-"""What is measured: counts and times of requests, tokens and captures, as Prometheus reads them at `/metrics`.
+"""Prometheus metrics at `/metrics`: counts and latencies of requests, tokens and captures.
 
-Only the replicas know what a generation cost, and only the ingress sees requests from end to end. So a replica sends small
-`RequestStats` along with each reply, and the ingress, which has the registry, observes them; how much there is to do is asked
-of the replicas when `/metrics` is read.
+Only the replicas know what a generation cost, and only the ingress sees whole requests. So a replica sends small
+`RequestStats` with each reply, and the ingress, which has the registry, observes them. The engines' load is requested from
+the replicas when `/metrics` is read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,25 +20,25 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class _Engines(Collector):
-    """What the replicas' engines say of themselves, when the registry is read."""
+    """Collects the load that the replicas' engines report when the registry is read."""
 
     def __init__(self) -> None:
         self.loads: Mapping[str, Load] = {}
 
     def collect(self) -> Iterator[Metric]:
-        running = GaugeMetricFamily("roentgen_generations_running", "In the batch now.", labels=["replica"])
-        waiting = GaugeMetricFamily("roentgen_generations_waiting", "In the queue now.", labels=["replica"])
+        running = GaugeMetricFamily("roentgen_generations_running", "Generations in the batch now.", labels=["replica"])
+        waiting = GaugeMetricFamily("roentgen_generations_waiting", "Generations in the queue now.", labels=["replica"])
         sizes = HistogramMetricFamily(
-            "roentgen_batch_size", "Generations that a step decodes a token for, together.", labels=["replica"]
+            "roentgen_batch_size", "Generations that one decoding step advances.", labels=["replica"]
         )
         held = GaugeMetricFamily(
-            "roentgen_prefix_cache_bytes", "Held for prompts to come, captured rows included.", labels=["replica"]
+            "roentgen_prefix_cache_bytes", "Size of the prefix cache, captured rows included.", labels=["replica"]
         )
         hits = CounterMetricFamily(
             "roentgen_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", labels=["replica"]
         )
         misses = CounterMetricFamily(
-            "roentgen_prefix_cache_miss_tokens", "Prompt tokens looked for in it, and read.", labels=["replica"]
+            "roentgen_prefix_cache_miss_tokens", "Prompt tokens not found in the prefix cache.", labels=["replica"]
         )
         for replica, load in self.loads.items():
             held.add_metric([replica], load.cache_bytes)
@@ -53,7 +53,7 @@ class _Engines(Collector):
 
 
 class Metrics:
-    """The registry of one ingress, and the ways to add to it."""
+    """The metrics registry of one ingress."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -61,44 +61,44 @@ class Metrics:
         self._requests = Counter(
             "roentgen_requests", "Requests answered.", ["route", "method", "status"], registry=registry
         )
-        self._in_flight = Gauge("roentgen_requests_in_flight", "Requests being answered.", registry=registry)
+        self._in_flight = Gauge("roentgen_requests_in_flight", "Requests in flight.", registry=registry)
         self._seconds = Histogram(
-            "roentgen_request_seconds", "From a request's arrival to its reply's end.", by_route,
+            "roentgen_request_seconds", "Time from a request's arrival to the end of its reply.", by_route,
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._prompt = Counter("roentgen_prompt_tokens", "Tokens of prompts.", registry=registry)
         self._completion = Counter("roentgen_completion_tokens", "Tokens generated.", registry=registry)
         self._queued = Histogram(
-            "roentgen_queue_seconds", "A generation's wait until its prompt is read.",
+            "roentgen_queue_seconds", "Time from submission until a generation's prefill starts.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._first = Histogram(
-            "roentgen_time_to_first_token_seconds", "From submission to a generation's first token.",
+            "roentgen_time_to_first_token_seconds", "Time from submission to a generation's first token.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._between = Histogram(
-            "roentgen_inter_token_seconds", "A generation's mean time from one token to the next.",
+            "roentgen_inter_token_seconds", "Mean time between a generation's tokens.",
             buckets=TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
-        self._capture = Counter("roentgen_capture_bytes", "Activations made durable.", registry=registry)
+        self._capture = Counter("roentgen_capture_bytes", "Bytes of activations committed.", registry=registry)
         self._commit = Histogram(
-            "roentgen_commit_seconds", "Until a rollout's activations are durable.", buckets=SECONDS, registry=registry
+            "roentgen_commit_seconds", "Time to commit a rollout's activations.", buckets=SECONDS, registry=registry
         )
         self._engines = _Engines()
         registry.register(self._engines)
 
     def began(self) -> None:
-        """Count a request in."""
+        """Count the start of a request."""
         self._in_flight.inc()
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request out."""
+        """Count the end of a request."""
         self._in_flight.dec()
         self._requests.labels(route, method, str(status)).inc()
         self._seconds.labels(route, method).observe(seconds)
 
     def observe(self, stats: RequestStats) -> None:
-        """Add what a request's generations took."""
+        """Add the statistics of a request."""
         self._prompt.inc(stats.prompt_tokens)
         self._completion.inc(stats.completion_tokens)
         for choice in stats.choices:
@@ -111,6 +111,6 @@ class Metrics:
                 self._commit.observe(choice.commit_s)
 
     def text(self, loads: dict[str, Load]) -> bytes:
-        """Return everything as Prometheus reads it; `loads` are the replicas' now."""
+        """Return all metrics in Prometheus format, with the current `loads` of the replicas."""
         self._engines.loads = loads
         return generate_latest(self._registry)

@@ -1,6 +1,6 @@
-"""What happens around every request: an id, a measurement and a line in the log; and limits on who may send how much.
+"""Middleware: request ids, metrics and a log line for every request; loopback and body size limits; HEAD.
 
-All of it is plain ASGI, so that it neither buffers a stream nor hides a disconnect.
+All of it is plain ASGI, which neither buffers a stream nor hides a disconnect.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 MAX_ID = 128
 CLIENT_GONE = 499
-"""What the log and the metrics call a request whose client left before an answer began (the web server nginx's number)."""
+"""Status in logs and metrics of a request whose client disconnected before the reply began (nginx uses the same number)."""
 
 
 class RequestObserver:
-    """Knows every request by an id (its `X-Request-Id`), measures it, and logs it at its end.
+    """Gives every request an id (its `X-Request-Id`), measures it, and logs it when it ends.
 
-    Routes leave what they know in `request.state`: `stats` (a `RequestStats`) and `error_code`.
+    Routes store `stats` (a `RequestStats`) and `error_code` in `request.state`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -43,7 +43,7 @@ class RequestObserver:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # Serve's proxy has given it one if the client has not, and sends it back.
+        # Serve's proxy adds one if the client sent none, and returns it.
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("utf-8", "replace")
         about = given[:MAX_ID] or f"req-{str(ULID()).lower()}"
         state = scope.setdefault("state", {})
@@ -52,19 +52,19 @@ class RequestObserver:
         status = CLIENT_GONE
         whole = gone = False
 
-        async def heard() -> Message:
+        async def receive_from_client() -> Message:
             nonlocal gone
             try:
                 message = await receive()
             except Exception as error:
                 if kind_of(error) is None:
                     raise
-                # Serve fetches what the client sends from its proxy, and cancels that when the client has left.
+                # Serve receives messages from its proxy, and cancels that when the client disconnects.
                 message = {"type": "http.disconnect"}
             gone = gone or message["type"] == "http.disconnect"
             return message
 
-        async def watched(message: Message) -> None:
+        async def send_to_client(message: Message) -> None:
             nonlocal status, whole
             if message["type"] == "http.response.start" and not gone:
                 status = message["status"]
@@ -74,11 +74,11 @@ class RequestObserver:
         self._metrics.began()
         token = request_id.set(about)
         try:
-            await self._app(scope, heard, watched)
+            await self._app(scope, receive_from_client, send_to_client)
         except ClientDisconnect:
-            pass  # nobody is there to be told
+            pass  # there is no client to answer
         except Exception:
-            status = 500  # sent further out, see `http_api.make_api`
+            status = 500  # an outer handler sends it, see `http_api.make_api`
             raise
         finally:
             seconds = time.monotonic() - start
@@ -113,7 +113,7 @@ def _fields(
 
 
 class HeadAsGet:
-    """Answers HEAD on every route that has GET: with the headers of what GET would send, and without making the rest of it."""
+    """Answers HEAD on every route that has GET, with GET's headers, without generating the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -131,7 +131,7 @@ class HeadAsGet:
                 await send({"type": "http.response.body", "body": b""})
                 sent.set()
 
-        # In place: what the routes write into the scope is for `RequestObserver`, too.
+        # Change the scope in place, because `RequestObserver` reads what the routes write into it.
         scope["method"] = "GET"
         answer = asyncio.create_task(_called(self._app, scope, receive, headers_only))
         headers = asyncio.create_task(sent.wait())
@@ -152,10 +152,10 @@ async def _called(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
 
 class LoopbackOnly:
-    """Refuses every client on another machine: what a server without a key does, however its proxy is bound.
+    """Refuses clients on other machines; a server without an API key uses it, whatever address its proxy listens on.
 
-    The launcher refuses to bind such a server to anything but loopback; but whoever runs the application under a Serve of their
-    own binds the proxy themselves, where this code cannot see it.
+    The launcher binds such a server only to loopback. But the application may also run under a Serve instance whose proxy
+    somebody else has configured.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -165,7 +165,9 @@ class LoopbackOnly:
         """Serve one request."""
         if scope["type"] == "http" and not _is_here(scope):
             error = ApiError(
-                403, "this server has no API key, so it answers only on its own machine", code="no_api_key_configured"
+                403,
+                "this server has no API key, so it accepts only clients on its own machine",
+                code="no_api_key_configured",
             )
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
@@ -181,7 +183,7 @@ def _is_here(scope: Scope) -> bool:
 
 
 class BodyLimit:
-    """Refuses a body that is too large: at once if its length is said, else as soon as it has come."""
+    """Refuses a body that is too large: at once if Content-Length says so, else when the limit is exceeded."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -192,9 +194,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = dict(scope["headers"]).get(b"content-length", b"0")
+        length = dict(scope["headers"]).get(b"content-length", b"0")
         message = f"the body is larger than {self._max_bytes} bytes"
-        if not said.isdigit() or int(said) > self._max_bytes:
+        if not length.isdigit() or int(length) > self._max_bytes:
             error = ApiError(413, message, code="body_too_large")
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
@@ -205,7 +207,7 @@ class BodyLimit:
             received = await receive()
             seen += len(received.get("body", b""))
             if seen > self._max_bytes:
-                # FastAPI passes this kind on; any other that comes while it reads a body is a 400 to it.
+                # FastAPI passes this exception on; it turns any other one raised while it reads a body into a 400.
                 raise HTTPException(413, message)
             return received
 

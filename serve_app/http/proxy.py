@@ -1,8 +1,8 @@
-"""What stands before Serve's HTTP proxy: it spells headers so that the proxy can read them.
+"""Middleware for Serve's HTTP proxy that re-encodes request headers as UTF-8.
 
-The proxy decodes some headers as UTF-8 (`X-Request-Id` among them) and answers 500 in plain text where one is not, before any
-of the application's code runs. HTTP allows other bytes, so they are spelled anew here. Serve finds `middlewares` by an
-environment variable, which every process that runs a proxy must have: `roentgen serve` and `cluster/start.sh` set it.
+The proxy decodes some headers as UTF-8, `X-Request-Id` among them. If one is not valid UTF-8, it answers 500 in plain text
+before any of the application's code runs. HTTP allows other bytes, so they are re-encoded here. Serve finds `middlewares`
+through an environment variable, which every process that runs a proxy needs; `roentgen serve` and `cluster/start.sh` set it.
 """
 
 import os
@@ -17,9 +17,9 @@ CALLBACK = "serve_app.http.proxy:middlewares"
 
 
 class ReadableHeaders:
-    """Takes header values that are not UTF-8 for Latin-1, which HTTP once said they are, and passes them on as UTF-8.
+    """Re-encodes header values that are not UTF-8 from Latin-1, HTTP's historic encoding, to UTF-8.
 
-    An id that is empty is left out: the proxy then makes one, as for a request without.
+    It drops an empty request id, so that the proxy generates one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -43,13 +43,13 @@ def _as_utf8(value: bytes) -> bytes:
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Serve is to put before its proxy."""
+    """Return the middleware for Serve's proxy."""
     return [Middleware(ReadableHeaders)]
 
 
 @contextmanager
 def named_in_environment() -> Iterator[None]:
-    """Name `middlewares` in the environment that a Ray started meanwhile inherits, unless it names others already."""
+    """Set the environment variable for a Ray that starts within the context, unless it is already set."""
     if CALLBACK_VARIABLE in os.environ:
         yield
         return

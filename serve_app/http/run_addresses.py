@@ -1,7 +1,7 @@
-"""Addresses that say whose request it is: `/v1/r/<run>/<problem>/<epoch>/…`, to which a client appends its route.
+"""Base URLs that identify a request: `/v1/r/<run>/<problem>/<epoch>/…`, to which a client appends its route.
 
-Every client can be given a base URL, few can be made to send a field that OpenAI's API does not have. `RunAddresses` takes the
-identity off the path, so that the routes behind it are the usual ones; what they do with it is the business of `run_registry`.
+Every client accepts a base URL, but few can send a field that OpenAI's API does not have. `RunAddresses` removes the identity
+from the path, so that the usual routes handle the request; `run_registry` uses the identity.
 """
 
 import re
@@ -17,7 +17,7 @@ from serve_app.openai_api.errors import ApiError, refused
 
 PREFIX = "/v1/r/"
 BY_PROMPT = "-"
-"""Stands for a problem whose name is the hash of its prompt."""
+"""In an address: name the problem by the hash of its prompt."""
 _PROMPTS = ("messages", "prompt", "input")
 MAX_PROBLEM = 200
 _EPOCH = re.compile(r"[1-9][0-9]{0,9}")
@@ -31,38 +31,38 @@ SERVERS: list[dict[str, Any]] = [
             "run": {"default": "run", "description": "The run's id."},
             "problem": {
                 "default": BY_PROMPT,
-                "description": f"Whose attempt it is; {BY_PROMPT} for a hash of the prompt.",
+                "description": f"The problem's id; {BY_PROMPT} for a hash of the prompt.",
             },
-            "epoch": {"default": "1", "description": "Which attempt."},
+            "epoch": {"default": "1", "description": "The attempt's number, from 1."},
         },
     },
 ]
-"""Under which addresses the routes are, as OpenAPI describes it: a route may be appended whole, `/v1` included."""
+"""Base URLs of the routes, as OpenAPI `servers`. A route may be appended with or without `/v1`."""
 
 
 @dataclass(frozen=True)
 class RunAddress:
-    """What an address says beside the route."""
+    """The identity in an address."""
 
     run_id: str
-    """The run, which says what to keep."""
+    """The run, whose settings apply to the request."""
     problem_id: str
-    """What the request is an attempt at."""
+    """The problem that the request attempts."""
     epoch: int
-    """Which attempt."""
+    """Number of the attempt, from 1."""
 
 
 def read_address(path: str) -> tuple[RunAddress, str]:
-    """Return what a percent-encoded path that begins with `PREFIX` says, and the path of the route.
+    """Split a percent-encoded path that begins with `PREFIX` into the identity and the path of the route.
 
     Raises:
-        ApiError: if it is no such address.
+        ApiError: if the path is not such an address.
     """
     parts = path.removeprefix(PREFIX).split("/", 3)
     if len(parts) < 4 or not parts[3]:
-        raise ApiError(404, f"{path}: an address of a run is {PREFIX}RUN/PROBLEM/EPOCH, then the route")
+        raise ApiError(404, f"{path}: the address of a run is {PREFIX}RUN/PROBLEM/EPOCH, followed by the route")
     run_id, problem, epoch = _decoded("run", parts[0]), _decoded("problem", parts[1]), parts[2]
-    route = parts[3].lstrip("/")  # a base URL may end in a slash, to which some clients add another
+    route = parts[3].lstrip("/")  # a base URL may end in a slash, and some clients add another
     try:
         check_session_id(run_id)
     except ValueError as error:
@@ -71,7 +71,7 @@ def read_address(path: str) -> tuple[RunAddress, str]:
         raise refused("problem", f"it has {len(problem)} characters; allowed are 1 to {MAX_PROBLEM}")
     if not _EPOCH.fullmatch(epoch) or int(epoch) > MAX_INT32:
         raise refused("epoch", f"{epoch[:40]!r} is not an attempt's number; allowed are 1 to {MAX_INT32}")
-    # Some clients are given a server's root and append all of it.
+    # Some clients append the whole route, /v1 included.
     return RunAddress(run_id, problem, int(epoch)), "/v1/" + route.removeprefix("v1/")
 
 
@@ -83,7 +83,7 @@ def _decoded(name: str, part: str) -> str:
 
 
 def named_by_prompt(address: RunAddress, body: Any) -> RunAddress:
-    """Return an address with the name that a problem has by what a request's body asks, as it was sent."""
+    """Return the address with `BY_PROMPT` replaced by a hash of the request body's prompt."""
     if address.problem_id != BY_PROMPT or not isinstance(body, dict):
         return address
     prompt = next((body[name] for name in _PROMPTS if body.get(name) is not None), None)
@@ -91,7 +91,7 @@ def named_by_prompt(address: RunAddress, body: Any) -> RunAddress:
 
 
 class RunAddresses:
-    """Leaves a request's `RunAddress` in its state, as `run_address`, and gives it the path of its route."""
+    """Stores a request's `RunAddress` in its state as `run_address`, and replaces its path by the route's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -109,6 +109,6 @@ class RunAddresses:
             await JSONResponse(error.body(), error.status)(scope, receive, send)
             return
         scope["state"]["run_address"] = address
-        # In place: what the routes write into the scope is for `Observed`, too.
+        # Change the scope in place, because `RequestObserver` reads what the routes write into it.
         scope["path"], scope["raw_path"] = unquote_to_bytes(route).decode("utf-8", "replace"), route.encode("latin-1")
         await self._app(scope, receive, send)

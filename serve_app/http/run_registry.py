@@ -1,11 +1,11 @@
-"""The runs of a store: their settings, durable beside the sessions, and which call of a problem is the next.
+"""The runs of a store: their settings, and the number of each call of a problem.
 
-Settings lie in `STORE/.runs/<id>.json`, so every ingress and every server over the store knows them, also after a restart.
-They never change once they are there: what a run's rollouts have in common is what its id says.
+Settings are stored in `STORE/.runs/<id>.json`, so every ingress and every server of the store has them, also after a restart.
+They never change, so that all rollouts of a run have the same settings.
 
-Each call under an address of a run is a turn of its own, also one that repeats another. The numbers go on where the store's
-index ends. `TurnCounter` therefore has to be one for the application: the ingress has it where there is one ingress, and a
-deployment of one replica where there are several (`app`).
+Each call to an address of a run is a separate turn, even if it repeats another call. Numbers continue after the highest turn
+in the store's index. So the application needs exactly one `TurnCounter`: a single ingress has its own, and several ingresses
+share a deployment with one replica (`app`).
 """
 
 import asyncio
@@ -38,17 +38,17 @@ FOLDER = ".runs"
 
 @dataclass(frozen=True)
 class RegisteredRun:
-    """A run, as it lies in the store."""
+    """A run that is registered in the store."""
 
     id: str
-    """Its name in addresses."""
+    """The run's id in addresses."""
     created: int
-    """When, in seconds since 1970."""
+    """Time of creation, in seconds since 1970."""
     settings: RunSettings
-    """What its requests have in common."""
+    """Settings that all requests of the run share."""
 
     def record(self) -> schemas.RunRecord:
-        """Show it to a client."""
+        """Return the run as a reply."""
         return {
             "id": self.id,
             "object": "run",
@@ -59,36 +59,36 @@ class RegisteredRun:
 
 
 class RunRegistry:
-    """The runs of a store. What has been read is kept, since it never changes."""
+    """The runs of a store. Runs are cached, because they never change."""
 
     def __init__(self, store: str) -> None:
         self._store = store
         self._known: dict[str, RegisteredRun] = {}
 
     async def begin(self, settings: RunSettings) -> RegisteredRun:
-        """Make a run, unless it is there with the same settings.
+        """Create a run, or return the existing one with the same settings.
 
         Raises:
-            ApiError: 409, if it is there with others.
+            ApiError: 409, if the run exists with other settings.
         """
         run = RegisteredRun(settings.id or f"run-{str(ULID()).lower()}", int(time.time()), settings)
         known = await self.find(run.id)
         if known is None:
             await asyncio.to_thread(self._write, run)
-            known = await asyncio.to_thread(self._read, run.id)  # somebody else may have been faster
+            known = await asyncio.to_thread(self._read, run.id)  # another server may have written it first
         assert known is not None
         if _content(known) != _content(run):
             raise ApiError(
                 409,
-                f"id: there is a run {run.id!r} already, with other settings, and a run's settings do not change; "
-                "take another id",
+                f"id: run {run.id!r} already exists with other settings, and a run's settings cannot change; "
+                "choose another id",
                 param="id",
                 code="run_exists",
             )
         return known
 
     async def find(self, run_id: str) -> RegisteredRun | None:
-        """Return a run, None if there is no such."""
+        """Return a run; None if it does not exist."""
         if run_id in self._known:
             return self._known[run_id]
         return await asyncio.to_thread(self._read, run_id)
@@ -97,16 +97,16 @@ class RunRegistry:
         """Return a run.
 
         Raises:
-            ApiError: 404, if there is no such.
+            ApiError: 404, if it does not exist.
         """
         run = await self.find(run_id)
         if run is None:
-            message = f"there is no run {run_id!r}; make it first: POST /v1/runs with its id and what to keep"
+            message = f"there is no run {run_id!r}; create it first: POST /v1/runs with its id and settings"
             raise ApiError(404, message, param="run", code="run_not_found")
         return run
 
     def list(self) -> list[RegisteredRun]:
-        """Return all runs, in order of their ids."""
+        """Return all runs, ordered by id."""
         names = [entry.name for entry in open_folder(self._store).child(FOLDER).entries()]
         ids = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
         return [run for run in map(self._read, ids) if run is not None]
@@ -136,10 +136,10 @@ def _content(run: RegisteredRun) -> dict[str, object]:
 
 
 class TurnNumbers(Protocol):
-    """Where calls get their numbers."""
+    """A source of turn numbers."""
 
     async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
-        """Return the first of `count` numbers that no call of a run's problem has had."""
+        """Reserve `count` consecutive turn numbers of a run's problem, and return the first."""
 
 
 class TurnCounter:
@@ -151,7 +151,7 @@ class TurnCounter:
         self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
-        """Return the first of `count` numbers that no call of a run's problem has had."""
+        """Reserve `count` consecutive turn numbers of a run's problem, and return the first."""
         async with self._reading[run_id]:
             if run_id not in self._next:
                 self._next[run_id] = await asyncio.to_thread(self._stored, run_id, session_id)
@@ -174,22 +174,22 @@ class TurnCounter:
 
 
 class SharedTurnCounter:
-    """A deployment of `TurnCounter`, as ingresses ask it."""
+    """Takes turn numbers from a deployment of `TurnCounter`."""
 
     def __init__(self, handle: "DeploymentHandle") -> None:
         self._handle = handle
 
     async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
-        """Return the first of `count` numbers that no call of a run's problem has had."""
+        """Reserve `count` consecutive turn numbers of a run's problem, and return the first."""
         first: int = await self._handle.take.remote(run_id, session_id, problem_id, epoch, count)
         return first
 
 
 async def run_of(request: Request) -> RegisteredRun | None:
-    """Return the run whose address a request has, None if it has no such address.
+    """Return the run of a request's address; None if the address has no run.
 
     Raises:
-        ApiError: 404, if there is no such run.
+        ApiError: 404, if the run does not exist.
     """
     address: RunAddress | None = getattr(request.state, "run_address", None)
     if address is None:
@@ -201,10 +201,10 @@ async def run_of(request: Request) -> RegisteredRun | None:
 async def with_identity(
     request: ChatRequest | CompletionRequest | ResponsesRequest, address: RunAddress | None, numbers: TurnNumbers
 ) -> ChatRequest | CompletionRequest | ResponsesRequest:
-    """Return a request with the key that its address and its number say, if it keeps something."""
-    asked = request.capture
-    if address is None or asked is None or asked.session_id is None:
+    """Return a request with the rollout key of its address and turn number, if it captures activations."""
+    capture = request.capture
+    if address is None or capture is None or capture.session_id is None:
         return request
     run_id, problem, epoch = address.run_id, address.problem_id, address.epoch
-    turn = await numbers.take(run_id, asked.session_id, problem, epoch, count_choices(request))
+    turn = await numbers.take(run_id, capture.session_id, problem, epoch, count_choices(request))
     return keyed(request, RolloutKey(config_hash=run_id, problem_id=problem, epoch=epoch, turn=turn))

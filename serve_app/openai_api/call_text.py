@@ -1,7 +1,7 @@
-"""The JSON within a tool call's block: where it ends, read as it comes, and what it calls.
+"""Finds the end of a tool call's JSON while it is generated, and parses a complete call.
 
-A model's JSON need not be valid, and it arrives in pieces; so its end is found by counting brackets, and only a call that is
-there whole is parsed.
+A model's JSON may be invalid, and it arrives in pieces. So its end is found by counting brackets, and only a complete call is
+parsed.
 """
 
 import json
@@ -11,17 +11,17 @@ from serve_app.engines.markers import CALL_END
 from serve_app.openai_api.messages import NAME
 
 HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
-"""How a call begins that names its function first: from here on its arguments can be passed on."""
+"""The start of a call that names its function first; its arguments can be streamed from here on."""
 
 
 class Braces:
-    """Reads JSON as far as its outermost object, without minding whether it is valid.
+    """Finds the end of the outermost JSON object in a growing text, which may be invalid JSON.
 
-    Brackets in strings do not count. A control character cannot stand in a string, so it ends one that was left open; and
-    `</tool_call>` outside of strings ends the object, wherever that stands.
+    Brackets in strings are not counted. A control character cannot occur in a string, so it closes an unterminated one.
+    `</tool_call>` outside of a string ends the object at any depth.
 
     Attributes:
-        depth: how many brackets are open.
+        depth: number of open brackets.
         ended: whether the object has ended.
     """
 
@@ -34,10 +34,10 @@ class Braces:
         self._at = 0
 
     def read(self, text: str, start: int, *, final: bool = False) -> int:
-        """Go on reading a text from where the last call stopped, the first time from `start`.
+        """Continue reading a text where the last call stopped; the first call starts at `start`.
 
         Returns:
-            Where the object ends, or, if it has not ended, up to where the text surely belongs to it.
+            The end of the object; if it has not ended, the end of the text that certainly belongs to it.
         """
         self._at = max(self._at, start)
         while found := self._TURNS.search(text, self._at):
@@ -45,7 +45,7 @@ class Braces:
             self._at = at + 1
             if sign == "\\" and self._in_string:
                 if self._at == len(text):
-                    self._at = at  # what it escapes is not there yet
+                    self._at = at  # the escaped character has not arrived yet
                     return len(text) if final else at
                 self._at += text[self._at] >= " "
             elif sign == '"':
@@ -69,13 +69,13 @@ class Braces:
         self._at = len(text)
         return self._at
 
-    def go_on(self) -> None:
-        """Begin a text anew: what has been read was taken off it."""
+    def restart(self) -> None:
+        """Start at the beginning of the text again, after the caller has removed what was read."""
         self._at = 0
 
 
 def parse_call(text: str) -> tuple[str, str] | None:
-    """Return a call's name and arguments, None if it is not one."""
+    """Return a call's name and arguments; None if the text is not a call."""
     try:
         call = json.loads(text)
         name, arguments = call.get("name"), call.get("arguments")

@@ -1,7 +1,7 @@
-"""`/v1/chat/completions`: what a request may say, and how a reply is spelled, whole or in pieces.
+"""`/v1/chat/completions`: the request, and the reply, whole or streamed.
 
-A `ChatReply` hears what the choices of one request do and turns it into OpenAI's objects. Text goes through each choice's
-`ReplyParser`, which takes it apart into content, reasoning and tool calls, the same way whether it is streamed or not.
+A `ChatReply` converts the events of one request's choices to OpenAI's objects. Each choice has a `ReplyParser`, which splits
+its text into content, reasoning and tool calls, in the same way whether it is streamed or not.
 """
 
 import time
@@ -38,7 +38,7 @@ from serve_app.openai_api.reply_parser import (
 
 
 class ChatRequest(NeutralChatParams, GenerationParams):
-    """The body of a chat completion request; the fields are OpenAI's, `activations` is ours (docs/http.md)."""
+    """The body of a chat completion request (docs/http.md)."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: MaxTokens | None = None
@@ -60,42 +60,42 @@ class ChatRequest(NeutralChatParams, GenerationParams):
     def _consistent(self) -> "ChatRequest":
         check_tool_results(self.messages)
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs: true")
+            raise ValueError("top_logprobs: allowed only with logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice: there are no tools to choose from")
+            raise ValueError("tool_choice: requires tools")
         named = callable_names(self.tool_choice or "auto") or frozenset()
         if unknown := sorted(named - {tool.function.name for tool in self.tools}):
             raise ValueError(f"tool_choice: there is no tool named {', '.join(map(repr, unknown))}")
         if self.logprob_token_ids and not self.logprobs:
-            raise ValueError("logprob_token_ids: only with logprobs: true")
+            raise ValueError("logprob_token_ids: allowed only with logprobs: true")
         if self.continue_final_message:
             if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
-                raise ValueError(
-                    "continue_final_message: a message that is left open needs add_generation_prompt: false"
-                )
+                raise ValueError("continue_final_message: requires add_generation_prompt: false")
             if (last := self.messages[-1]).role != "assistant" or last.tool_calls:
-                raise ValueError("continue_final_message: the last message must be an assistant's, without tool_calls")
+                raise ValueError("continue_final_message: the last message must be an assistant's without tool_calls")
         shaped = self.response_format is not None and self.response_format.type != "text"
         if self.structured is not None and (self.calls_tools or shaped):
             other = "tools; set tool_choice to none" if self.calls_tools else "response_format"
             raise ValueError(f"{self.structured[0]}: cannot be combined with {other}")
         if self.ignore_eos and (self.calls_tools or shaped):
-            raise ValueError("ignore_eos: a reply that follows tools or response_format ends where they say")
+            raise ValueError(
+                "ignore_eos: not allowed with tools or response_format, which determine where the reply ends"
+            )
         return self
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate, under either of its names."""
+        """Maximum number of tokens to generate, from `max_tokens` or `max_completion_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def ending(self) -> Ending:
-        """What stands at the end of the rendered conversation."""
+        """How the rendered conversation ends."""
         return "open" if self.continue_final_message else "reply" if self.add_generation_prompt else "none"
 
     @property
     def echoed(self) -> str:
-        """What a reply begins with that repeats the last message, if that is the assistant's."""
+        """The last message's text, if the reply must repeat it (`echo`); else empty."""
         return self.messages[-1].content if self.echo and self.messages[-1].role == "assistant" else ""
 
     @property
@@ -110,27 +110,27 @@ class _ChoiceState:
     called: bool = False
     done: Done | None = None
     probed: int = 0  # rows whose scores have been sent
-    told: int = 0  # tokens that have been sent
+    n_sent: int = 0  # tokens that have been sent
 
 
 @dataclass
 class ChatReply:
-    """The reply to one request, as its choices go on."""
+    """Builds the reply to one request from the events of its choices."""
 
     request: ChatRequest
-    """What was asked."""
+    """The request."""
     request_id: str
-    """Names the reply."""
+    """The reply's id."""
     tokenizer: PreTrainedTokenizerBase
-    """The model's, to spell logprobs."""
+    """The model's tokenizer, to format log-probabilities."""
     reasoning: Literal["started", "possible", "none"]
     """How a choice's text begins (see `ReplyParser`)."""
     n_prompt: int
-    """Tokens of the prompt."""
+    """Number of prompt tokens."""
     probes: tuple[RequestProbe, ...] = ()
-    """What its tokens are scored with."""
+    """Probes that score the tokens."""
     prompt_token_ids: Sequence[int] = ()
-    """The prompt."""
+    """Token ids of the prompt."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class ChatReply:
         ]
 
     def opening(self) -> list[schemas.ChatCompletionChunk]:
-        """Return the chunks that begin a stream."""
+        """Return the first chunks of a stream."""
         echoed = self.request.echoed
         chunks = [self._chunk(i, {"role": "assistant", "content": echoed}) for i in range(len(self._choices))]
         if self.request.returns_token_ids:
@@ -150,7 +150,7 @@ class ChatReply:
     def delta(self, index: int, event: TextDelta) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks for a choice's new text."""
         choice = self._choices[index]
-        choice.told += len(event.token_ids)
+        choice.n_sent += len(event.token_ids)
         return self._pieces(index, choice.parser.feed(event.text), event)
 
     def done(self, index: int, done: Done) -> list[schemas.ChatCompletionChunk]:
@@ -158,19 +158,19 @@ class ChatReply:
         choice = self._choices[index]
         finished = done.finished
         pieces = self._pieces(index, choice.parser.finish(), None)
-        rest, choice.told, choice.done = finished.token_ids[choice.told :], len(finished.token_ids), done
+        rest, choice.n_sent, choice.done = finished.token_ids[choice.n_sent :], len(finished.token_ids), done
         probed = self._probed(choice, [scores[choice.probed :] for scores in finished.probed], finished.acted)
         last = self._chunk(index, {}, self._finish_reason(choice, finished), probed=probed, tokens=rest)
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [*pieces, last]
 
     def closing(self, kept: schemas.CaptureFields) -> list[schemas.ChatCompletionChunk]:
-        """Return the chunks after all choices: usage, if it is asked for, and activations."""
+        """Return the chunks after all choices: usage if requested, and activations."""
         counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage else {}
         return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
     def whole(self, dones: list[Done], kept: schemas.CaptureFields) -> schemas.ChatCompletion:
-        """Return the reply of a request that is not streamed."""
+        """Return the whole reply of a request without streaming."""
         choices: list[schemas.ChatChoice] = []
         for index, (choice, done) in enumerate(zip(self._choices, dones, strict=True)):
             finished = done.finished
@@ -178,7 +178,7 @@ class ChatReply:
             parts = [*choice.parser.feed(finished.text), *choice.parser.finish()]
             choice.called = any(isinstance(part, ToolCallStart) for part in parts)
             spoken = len(finished.token_ids) - (finished.ended_by is not None)
-            choice.told = len(finished.token_ids)
+            choice.n_sent = len(finished.token_ids)
             message = assemble(parts)
             if echoed := self.request.echoed:
                 message["content"] = echoed + (message["content"] or "")
@@ -230,7 +230,7 @@ class ChatReply:
         tokens = event.token_ids if event else []
         if ((logprobs and logprobs["content"]) or probed or (tokens and self.request.returns_token_ids)) and not deltas:
             deltas.append({})
-        # The tokens of one step go with the first of its pieces.
+        # The tokens of one step go with its first chunk.
         return [
             self._chunk(index, delta, logprobs=logprobs, probed=probed, tokens=tokens)
             if i == 0
@@ -239,7 +239,7 @@ class ChatReply:
         ]
 
     def _probed(self, choice: _ChoiceState, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.ProbeFields:
-        """Spell the scores of a choice's next rows, and count these as sent."""
+        """Format the scores of a choice's next rows, and count them as sent."""
         if not scores or not (len(scores[0]) or acted):
             return {}
         start, choice.probed = choice.probed, choice.probed + len(scores[0])
@@ -254,8 +254,8 @@ class ChatReply:
         return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
 
     def _usage(self) -> schemas.Usage:
-        told = sum(choice.told for choice in self._choices)
-        return usage(self.n_prompt, told, [[choice.done for choice in self._choices]])
+        n_generated = sum(choice.n_sent for choice in self._choices)
+        return usage(self.n_prompt, n_generated, [[choice.done for choice in self._choices]])
 
     def _chunk(
         self,
@@ -286,12 +286,12 @@ class ChatReply:
 
 
 def usage(n_prompt: int, completion: int, dones: Sequence[Sequence[Done | None]]) -> schemas.Usage:
-    """Spell the token counts: each prompt once, the completions of all choices.
+    """Return the token counts: each prompt once, and the completions of all choices.
 
     Args:
-        n_prompt: tokens of the prompts.
-        completion: tokens of all completions so far.
-        dones: per prompt, its choices; of a prompt's tokens those are cached that none of them has read.
+        n_prompt: number of tokens of the prompts.
+        completion: number of tokens of all completions so far.
+        dones: each prompt's choices. A prompt token counts as cached if no choice has computed it.
     """
     ended = [[done.finished.cached_tokens for done in choices if done is not None] for choices in dones]
     all_ended = all(len(found) == len(choices) for found, choices in zip(ended, dones, strict=True))

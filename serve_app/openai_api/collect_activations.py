@@ -1,7 +1,7 @@
-"""`collect_activations`: the older spelling of a capture request, and the keys its reply uses.
+"""`collect_activations`: the legacy format of a request for activations, and the legacy keys of its reply.
 
-Scripts written for the tool that Roentgen replaces send `{"layers", "hook_points", "return_activations"}` and read keys such as
-`layer_8_input_layernorm_output`. Both are served here and nowhere else: everywhere else keys are canonical.
+Scripts for the tool that Roentgen replaces send `{"layers", "hook_points", "return_activations"}` and read keys such as
+`layer_8_input_layernorm_output`. Only this module knows that format; all other code uses canonical keys.
 """
 
 from typing import Literal
@@ -12,7 +12,7 @@ from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, ActivationReq
 
 
 class CollectActivations(BaseModel):
-    """The older request: layers, hook points, and whether the reply carries values."""
+    """A legacy request: layers, hook points, and whether the reply contains values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,18 +20,18 @@ class CollectActivations(BaseModel):
     hook_points: HookPoints = DEFAULT_HOOK_POINTS
     return_activations: bool | Literal["reference", "sample", "full"] = Field(
         default=True,
-        description="True for a sample of the values, False for references; or one of the words of `return`.",
+        description="True for a sample of the values, False for a reference, or a value of `return`.",
     )
 
     def request(self) -> ActivationRequest:
-        """Say the same in the present spelling."""
+        """Convert the request to the current format."""
         asked = self.return_activations
         delivery = asked if isinstance(asked, str) else "sample" if asked else "reference"
         return ActivationRequest(layers=self.layers, hook_points=self.hook_points, delivery=delivery)
 
 
 def legacy_key(key: str, hook_point: str) -> str:
-    """Spell a canonical key as the older replies do, by the hook point that was asked for: `layer_8_input_layernorm_output`."""
+    """Return the legacy name of a canonical key and its requested hook point, such as `layer_8_input_layernorm_output`."""
     layer = split_key(key)[1]
     plain = hook_point.replace(".", "_")
     return plain if layer is None else f"layer_{layer}_{plain}"

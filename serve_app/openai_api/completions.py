@@ -1,7 +1,7 @@
-"""`/v1/completions`: raw prompts, as text or as tokens, without a chat template.
+"""`/v1/completions`: completes raw prompts, given as text or token ids, without a chat template.
 
-Evaluation harnesses measure the likelihood of given texts through this route: a prompt is only read (`max_tokens: 0`, or 1
-whose token is thrown away), and `echo` with `logprobs` returns the score of every one of its tokens.
+Evaluation harnesses measure the likelihood of texts through this route: nothing is generated (`max_tokens: 0`, or 1 and the
+token is dropped), and `echo` with `logprobs` returns the log-probability of every prompt token.
 """
 
 import time
@@ -35,7 +35,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_boole
 
 
 def _kind_of_prompt(prompt: Any) -> str:
-    """Tell the kinds of prompts apart by their first part, so that an error is about the kind that was meant."""
+    """Return the kind of a prompt by its first element, so that an error concerns only that kind."""
     if not isinstance(prompt, list):
         return "list[text]"
     first = prompt[0] if prompt else 0
@@ -61,13 +61,13 @@ class CompletionRequest(NeutralCompletionParams, GenerationParams):
     @model_validator(mode="after")
     def _consistent(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
-            raise ValueError(f"best_of: only as many as n ({self.n}); this server returns every choice it generates")
+            raise ValueError(f"best_of: must equal n ({self.n}), because this server returns every choice it generates")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens: 0 generates nothing; it needs echo: true")
+            raise ValueError("max_tokens: 0 is allowed only with echo: true")
         if (asked := self.capture) is not None and asked.key is not None and len(self.prompts) > 1:
-            raise ValueError("activations.key: a key names one rollout; send one prompt")
+            raise ValueError("activations.key: a key identifies one rollout; send one prompt per request")
         if self.logprob_token_ids and (self.logprobs is None or self.max_tokens == 0):
-            raise ValueError("logprob_token_ids: only with logprobs, and of tokens that are generated")
+            raise ValueError("logprob_token_ids: allowed only with logprobs and max_tokens above 0")
         return self
 
     @property
@@ -84,16 +84,16 @@ def raw_prompt(
     add_special_tokens: bool,
     n_embeddings: int | None = None,
 ) -> RawText:
-    """Take a prompt as it is; tokens are not read as text and tokenized again.
+    """Tokenize a raw prompt; token ids are used as they are.
 
     Args:
-        tokenizer: the model's.
-        prompt: text or tokens.
-        add_special_tokens: whether text gets what the tokenizer begins, or ends, a text with.
-        n_embeddings: how many tokens the model can be given; None for as many as the tokenizer has.
+        tokenizer: the model's tokenizer.
+        prompt: text or token ids.
+        add_special_tokens: whether the tokenizer adds its special tokens at the start and end of a text.
+        n_embeddings: number of the model's embeddings; None for the tokenizer's vocabulary.
 
     Raises:
-        ApiError: if it has no token, or one that the model does not know.
+        ApiError: if the prompt has no tokens, or a token id is out of range.
     """
     if isinstance(prompt, str):
         raw = tokenize_text(tokenizer, prompt, add_special_tokens=add_special_tokens)
@@ -102,44 +102,44 @@ def raw_prompt(
         check_tokens(prompt, len(tokenizer) if n_embeddings is None else n_embeddings, "prompt")
         raw = decode_tokens(tokenizer, prompt)
     if not raw.prompt.token_ids:
-        raise ApiError(400, "prompt: is empty, and this model has no token that begins a text", param="prompt")
+        raise ApiError(400, "prompt: empty, and this model has no beginning-of-text token", param="prompt")
     return raw
 
 
 @dataclass
 class CompletionReply:
-    """The reply to one request, as its choices go on: `n` for each prompt, in the prompts' order."""
+    """Builds the reply to one request from the events of its choices: `n` per prompt, in the order of the prompts."""
 
     request: CompletionRequest
-    """What was asked."""
+    """The request."""
     request_id: str
-    """Names the reply."""
+    """The reply's id."""
     tokenizer: PreTrainedTokenizerBase
-    """The model's, to spell logprobs."""
+    """The model's tokenizer, to format log-probabilities."""
     prompts: list[RawText]
-    """As tokenized."""
+    """The tokenized prompts."""
     markers: Mapping[int, str]
-    """Special tokens that are text."""
+    """Special tokens that are part of the text."""
     probes: tuple[RequestProbe, ...] = ()
-    """What their tokens are scored with."""
+    """Probes that score the tokens."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
         self._offsets = [self._new_offsets(index) for index in range(len(self._dones))]
         self._scored = [0] * len(self._dones)  # rows whose scores have been sent
-        self._told = [0] * len(self._dones)  # tokens that have been sent
+        self._n_sent = [0] * len(self._dones)  # tokens that have been sent
         self._begun = [False] * len(self._dones)
 
     def opening(self) -> list[schemas.CompletionChunk]:
-        """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
+        """Return the first chunks of a stream: the prompts, if they are echoed without log-probabilities."""
         if not self.request.echo or self.request.logprobs is not None:
             return []
         return [self._chunk(i, self._prompt(i).echo, None) for i in range(len(self._dones))]
 
     def delta(self, index: int, event: TextDelta) -> list[schemas.CompletionChunk]:
-        """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
-        self._told[index] += len(event.token_ids)
+        """Return the chunks for a choice's new text; with echoed log-probabilities they wait for those of the prompt."""
+        self._n_sent[index] += len(event.token_ids)
         if self.request.echo and self.request.logprobs is not None:
             return []
         logprobs = self._logprobs(event.token_ids, list(event.scores), self._offsets[index])
@@ -152,26 +152,26 @@ class CompletionReply:
         late = self.request.echo and self.request.logprobs is not None
         finished = done.finished
         text, logprobs = self._text_and_logprobs(index, done) if late else ("", None)
-        rest = finished.token_ids[0 if late else self._told[index] :]
-        self._told[index] = len(finished.token_ids)
+        rest = finished.token_ids[0 if late else self._n_sent[index] :]
+        self._n_sent[index] = len(finished.token_ids)
         probed = self._probed(index, [scores[self._scored[index] :] for scores in finished.probed], finished.acted)
         last = self._chunk(index, text, logprobs, finished.finish_reason, probed, rest)
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [last]
 
     def closing(self, kept: schemas.CaptureFields) -> list[schemas.CompletionChunk]:
-        """Return the chunks after all choices: usage, if it is asked for, and activations."""
+        """Return the chunks after all choices: usage if requested, and activations."""
         counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage else {}
         return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
     def whole(self, dones: list[Done], kept: schemas.CaptureFields) -> schemas.Completion:
-        """Return the reply of a request that is not streamed."""
+        """Return the whole reply of a request without streaming."""
         self._dones = list(dones)
         choices: list[schemas.CompletionChoice] = []
         for index, done in enumerate(dones):
             text, logprobs = self._text_and_logprobs(index, done)
             finished, prompt_ids = done.finished, self._prompt(index).prompt.token_ids
-            self._told[index] = len(finished.token_ids)
+            self._n_sent[index] = len(finished.token_ids)
             scores, top = finished.prompt_scores, self.request.prompt_logprobs
             scored = None
             if scores is not None and top is not None:
@@ -206,7 +206,7 @@ class CompletionReply:
         if not self.request.echo:
             return finished.text, self._logprobs(tokens, scores, self._new_offsets(index))
         if finished.prompt_scores is not None:
-            # There are more of them if `prompt_logprobs` asks for more.
+            # `prompt_logprobs` may have requested more alternatives.
             n = self.request.logprobs or 0
             scores = [None, *(replace(score, top=score.top[:n]) for score in finished.prompt_scores), *scores]
         offsets = self._new_offsets(index, start=len(prompt.echo))
@@ -228,7 +228,7 @@ class CompletionReply:
         return Offsets(self.tokenizer, stream, start=start, min_tokens=self.request.min_tokens)
 
     def _probed(self, index: int, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.ProbeFields:
-        """Spell the scores of a choice's next rows, and count these as sent."""
+        """Format the scores of a choice's next rows, and count them as sent."""
         if not scores or not (len(scores[0]) or acted):
             return {}
         start = self._scored[index]
@@ -242,7 +242,7 @@ class CompletionReply:
         n_prompt = sum(raw.prompt.n_prompt for raw in self.prompts)
         n = self.request.n
         choices = [self._dones[start : start + n] for start in range(0, len(self._dones), n)]
-        return usage(n_prompt, sum(self._told), choices)
+        return usage(n_prompt, sum(self._n_sent), choices)
 
     def _chunk(
         self,

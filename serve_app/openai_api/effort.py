@@ -1,8 +1,8 @@
-"""`reasoning_effort`: how much a model is to think, as far as its chat template can tell it.
+"""`reasoning_effort`: how much a model reasons, as far as its chat template supports it.
 
-A template may have the effort as a variable (gpt-oss), a switch for thinking (Qwen 3, DeepSeek 3.1), or neither: then the model
-thinks always or never. What a template cannot tell would change nothing, so it is refused; the exception is `medium`, OpenAI's
-default, which clients send to any model.
+A template may have a variable for the effort (gpt-oss), a switch for reasoning (Qwen 3, DeepSeek 3.1), or neither: then the
+model always or never reasons. A value that the template does not support would have no effect, so it is refused; the exception
+is `medium`, OpenAI's default, which clients send to any model.
 """
 
 from typing import Any, Literal
@@ -16,19 +16,19 @@ from serve_app.openai_api.prompt import template_variables
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 SWITCHES = ("enable_thinking", "thinking")
-"""What templates call their switch for thinking."""
+"""Names of a template's switch for reasoning."""
 
 
 def effort_variables(tokenizer: PreTrainedTokenizerBase, effort: Effort | None, model: str) -> dict[str, Any]:
-    """Return the variables with which a model's chat template asks for an effort.
+    """Return the chat template's variables for an effort.
 
     Args:
-        tokenizer: the model's, with its chat template.
-        effort: what the request asks for, None for nothing.
-        model: its name, for errors.
+        tokenizer: the model's tokenizer, with its chat template.
+        effort: the requested effort; None if the request has none.
+        model: the model's name, for errors.
 
     Raises:
-        ApiError: if the template cannot ask for it.
+        ApiError: if the template does not support the effort.
     """
     if effort is None or tokenizer.chat_template is None:
         return {}
@@ -39,12 +39,12 @@ def effort_variables(tokenizer: PreTrainedTokenizerBase, effort: Effort | None, 
     allowed: tuple[Effort, ...]
     variables: dict[str, Any] = {}
     if switch := next((name for name in SWITCHES if name in known), None):
-        able, allowed = "turns thinking on or off and has no degrees", ("none", "medium")
+        able, allowed = "can only turn reasoning on or off", ("none", "medium")
         variables = {switch: effort != "none"}
     elif THINK_END in source:
-        able, allowed = "cannot tell it how much to think", ("medium",)
+        able, allowed = "has no setting for reasoning", ("medium",)
     else:
-        able, allowed = "has no thinking", ("none", "medium")
+        able, allowed = "has no reasoning", ("none", "medium")
     if effort in allowed:
         return variables
     supported = " or ".join(map(repr, allowed))

@@ -1,8 +1,8 @@
-"""The OpenAI error envelope, and the errors that become one.
+"""OpenAI's error envelope, and the conversion of other errors to it.
 
-Any failure a client can see is a `RequestError`. Raised in a replica, it crosses the Serve handle as data (`payload`),
-because an exception would cross it wrapped in Ray's own, with a traceback that is no client's business; in the ingress it is
-an `ApiError`, which becomes an HTTP status and a JSON body.
+Every failure that a client may see is a `RequestError`. A replica returns it as data (`payload`), because Ray would wrap an
+exception and add a traceback that clients must not see. The ingress converts it to an `ApiError`, with an HTTP status and a
+JSON body.
 """
 
 import re
@@ -15,14 +15,14 @@ from serve_app.errors import RequestError
 from serve_app.openai_api.schemas import ErrorReply, ErrorType
 
 MAX_REASON = 500
-"""Characters of an unexpected error that a client is told."""
+"""Maximum number of characters of an unexpected error's message."""
 
 NOT_AGAIN = frozenset({"non_finite_logits", "non_finite_rows"})
-"""Codes of 5xx errors that would come again: OpenAI's clients are told not to repeat the request."""
+"""Codes of 5xx errors that a retry would raise again; a header tells OpenAI's clients not to retry."""
 
 
 class ApiError(RequestError):
-    """An error that says at each place where it is raised what it means to a client; and how every one is written."""
+    """An error whose status, code and parameter are given where it is raised. It also formats errors for the client."""
 
     def __init__(
         self,
@@ -52,50 +52,50 @@ class ApiError(RequestError):
         return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self) -> ErrorReply:
-        """Return the envelope, as the client gets it."""
+        """Return the JSON body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that go with it."""
+        """Return the error's HTTP headers."""
         if self.code in NOT_AGAIN:
             return {"x-should-retry": "false"}
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> "ApiError":
-        """Undo `payload`."""
+        """Create an error from the result of `payload`."""
         return cls(**payload)
 
 
 def enumerated(names: Iterable[str]) -> str:
-    """Write names one after another, the first ten of many."""
+    """Join names with commas; of more than ten, the first ten and the number of the others."""
     listed = list(names)
     return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
 
 
 def refused(param: str, reason: str, code: str | None = None) -> ApiError:
-    """Refuse a request for one of its parameters."""
+    """Return a 400 for one of a request's parameters."""
     return ApiError(400, f"{param}: {reason}", param=param, code=code)
 
 
 def internal_error(error: BaseException) -> ApiError:
-    """Spell a failure of the server's own code: a client that tries again would only meet it again."""
+    """Return a 500 for a failure of the server's own code."""
     return ApiError(500, f"internal error: {type(error).__name__}: {error}"[:MAX_REASON], code="internal_error")
 
 
 def from_store(error: StoreError, code: str) -> ApiError:
-    """Write a failure of the store: a bug or a disk, but for rows that the model made."""
+    """Return a 500 for a failure of the store; non-finite rows have their own code."""
     if isinstance(error, NonFiniteRowsError):
         return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
     return ApiError(500, str(error), code=code)
 
 
 INVALID_TEXT = "invalid_text"
-"""The code of a text that no model can read. To an evaluation it is one problem's fault; other 400s are everybody's."""
+"""Code of a text that cannot be encoded. An evaluation fails only that sample; other 400s concern all samples."""
 
 
 def from_json(error: JsonError) -> ApiError:
-    """Turn what is wrong with a body's JSON into a 400."""
+    """Convert an error in a body's JSON to a 400."""
     code = INVALID_TEXT if error.no_text else None
     return ApiError(400, f"{error.field or 'the body'}: {error.reason}", param=error.field, code=code)
 
@@ -105,10 +105,10 @@ _TYPES = ("str", "int", "float", "bool")
 
 
 def from_validation(errors: list[Any]) -> ApiError:
-    """Turn pydantic's errors about a request's body into a 400 that names the first parameter at fault."""
+    """Convert pydantic's errors about a request's body to a 400 that names the first invalid parameter."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
-    # Unions add the name of the alternative tried; a client knows only the field.
+    # For unions, pydantic adds the name of the alternative, which clients do not know.
     if len(path) > 1 and path[-1] in _TYPES and first["type"] == f"{path[-1].replace('str', 'string')}_type":
         path.pop()
     param = ".".join(part for part in path if not part.startswith(_ALTERNATIVES))[:MAX_FIELD] or None
@@ -121,7 +121,7 @@ def from_validation(errors: list[Any]) -> ApiError:
             400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter"
         )
     reason = first["msg"].removeprefix("Value error, ")
-    # What parameters are to each other is checked on the whole body; the message then begins with the name of one of them.
+    # Validators of the whole body begin their message with the name of a parameter.
     if param is None and (found := re.match(r"([a-z_][a-z0-9_.]*): ", reason)):
         param, reason = found[1], reason[found.end() :]
     if first["type"] == "unsupported_value":

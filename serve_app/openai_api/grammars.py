@@ -1,9 +1,9 @@
-"""The grammars that a request's `response_format`, `tools` and `tool_choice` ask for.
+"""Grammars for a request's `response_format`, `tools` and `tool_choice`.
 
-A model that must call a function, or answer in JSON, may think first, where it does so at all. Calls have one form, the one
-that `tools` describes to the model and `reply_parser` reads. Without a choice the model writes what it likes; but once it has
-written `<tool_call>`, the rest is a call of a known function with arguments that match its schema, and after calls nothing
-but calls comes. If `response_format` is there too, what the model likes is either calls or an answer in that form.
+A model with reasoning may reason before a required call or a JSON answer. Calls have the one format that `tools` describes
+to the model and `reply_parser` reads. With `tool_choice: auto` the text is free; but after `<tool_call>`, the rest is a call
+of a known function with arguments that match its schema, and only further calls may follow. With `response_format` as well,
+the reply is either calls or an answer in that format.
 """
 
 import json
@@ -25,13 +25,13 @@ from serve_app.openai_api.reply_parser import Reasoning
 THOUGHTS = {"think_start": THINK_START, "think_end": THINK_END}
 BLOCKS = {"call_start": CALL_START, "call_end": CALL_END}
 MAX_CALLS = 8
-"""Calls that may be made at once; a small model that has begun to call would never stop."""
+"""Maximum number of calls per reply; a small model might never stop calling."""
 
 COMBINATORS = {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties", "dependentSchemas"}
 
 
 def answer_schema(shape: ResponseFormat | None) -> Schema | None:
-    """Return the schema that an answer must match, None if it may be any text.
+    """Return the schema that an answer must match; None for any text.
 
     Args:
         shape: the request's `response_format`.
@@ -45,18 +45,18 @@ def answer_schema(shape: ResponseFormat | None) -> Schema | None:
 
 
 def closed_schema(schema: Mapping[str, Any], param: str, *, strict: bool = False) -> Schema:
-    """Return a schema whose objects have no properties but those listed, unless it says otherwise.
+    """Return a schema whose objects allow only listed properties, unless the schema says otherwise.
 
     Args:
         schema: the schema.
-        param: where the request has it, for errors.
+        param: the request's parameter, for errors.
         strict: whether a keyword that cannot be enforced is an error.
     """
     return Schema(_closed(schema), param, strict)
 
 
 def answer_grammar(answer: Schema, *, reasoning: Reasoning = "none") -> Grammar:
-    """JSON that matches a schema.
+    """Return a grammar for JSON that matches a schema.
 
     Args:
         answer: the schema.
@@ -73,13 +73,13 @@ def tool_call_grammar(
     answer: Schema | None = None,
     reasoning: Reasoning = "none",
 ) -> Grammar:
-    """Calls of tools: as the model likes ("auto"), at least one ("required"), or one of a named function.
+    """Return a grammar for tool calls: any number ("auto"), at least one ("required"), or one of a named function.
 
     Args:
-        tools: what may be called, at least one; "none" and unknown names are not for here.
-        choice: the request's `tool_choice`.
-        parallel: whether up to `MAX_CALLS` may be made at once; of a named function it is always one.
-        answer: what a reply that calls nothing must match; None for any text, which may then stand before calls, too.
+        tools: the tools, at least one.
+        choice: the request's `tool_choice`, not "none" and without unknown names.
+        parallel: whether to allow up to `MAX_CALLS` calls; a named function is always called once.
+        answer: schema of a reply without calls; None for any text, which may then also precede calls.
         reasoning: how the reply begins.
     """
     allowed = callable_names(choice)
@@ -115,14 +115,14 @@ def after_thoughts(
     *,
     param: str = "tools",
 ) -> Grammar:
-    """Return a grammar for a reply: what it thinks, where it does, and then the rule `answer`.
+    """Return a grammar for a reply: optional reasoning, then the rule `answer`.
 
     Args:
-        rules: `answer`, and what it needs.
+        rules: the rule `answer`, and the rules that it uses.
         schemas: as in `Grammar`.
         markers: as in `Grammar`.
         reasoning: how the reply begins.
-        param: where the request asks for it, for errors; schemas have their own.
+        param: the request's parameter, for errors; schemas have their own.
     """
     start = {
         "none": "start: answer",
@@ -135,9 +135,9 @@ def after_thoughts(
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a schema whose objects have the properties that are listed and no others, unless it says otherwise.
+    """Return a schema whose objects allow only listed properties, unless the schema says otherwise.
 
-    What matches it matches the schema as it was. Left open, an object is an invitation to add to it without end.
+    Everything that matches it also matches the original schema. A model might add properties to an open object endlessly.
     """
     closed = dict(schema)
     if COMBINATORS & closed.keys():

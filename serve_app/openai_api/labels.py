@@ -1,4 +1,4 @@
-"""`POST /v1/activations/session/{id}/labels`: what a request for more labels may say."""
+"""The body of `POST /v1/activations/session/{id}/labels`."""
 
 from typing import Annotated
 
@@ -10,12 +10,12 @@ from serve_app.openai_api.messages import Wire
 
 def _not_ours(labels: dict[str, LabelValue]) -> dict[str, LabelValue]:
     for name in SERVER_LABELS.keys() & labels.keys():
-        raise ValueError(f"{name!r} is the server's to set, from a request's {SERVER_LABELS[name]}")
+        raise ValueError(f"{name!r} is reserved; the server sets it from a request's {SERVER_LABELS[name]}")
     return labels
 
 
 class LabelsRequest(Wire):
-    """The body: labels by the ids of rollouts."""
+    """Labels to add, by rollout id."""
 
     labels: dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[Labels, AfterValidator(_not_ours)]] = (
         Field(min_length=1)

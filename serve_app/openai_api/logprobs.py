@@ -1,7 +1,7 @@
-"""Log-probabilities in OpenAI's two shapes: chat's list of objects, and completions' four parallel lists.
+"""Formats log-probabilities in OpenAI's two formats: a list of objects for chat, four parallel lists for completions.
 
-A token may be part of a character, and then it is no text. OpenAI spells its bytes, `\\xf0\\x9f` in chat and `bytes:\\xf0\\x9f`
-in completions, where `top_logprobs` is keyed by the spelling and U+FFFD would stand for every such token.
+A token may be a part of a character, which is not valid text. OpenAI writes its bytes, `\\xf0\\x9f` in chat and
+`bytes:\\xf0\\x9f` in completions, where U+FFFD could not be a key of `top_logprobs`, because all such tokens would share it.
 """
 
 import math
@@ -27,21 +27,21 @@ from serve_app.openai_api.schemas import (
 def chat_logprobs(
     tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore], *, as_ids: bool = False
 ) -> ChatLogprobs:
-    """Spell a chat choice's `logprobs`: per token its text, bytes and logprob, and the most likely ones beside it.
+    """Format a chat choice's `logprobs`: each token's text, bytes and log-probability, and the most likely alternatives.
 
     Args:
-        tokenizer: the model's.
-        token_ids: the tokens.
-        scores: of each.
-        as_ids: whether tokens are spelled `token_id:5` and not by their text.
+        tokenizer: the model's tokenizer.
+        token_ids: the token ids.
+        scores: the tokens' scores.
+        as_ids: whether to write tokens as `token_id:5` instead of their text.
     """
 
-    def display_name(token: int, logprob: float) -> ScoredToken:
+    def scored(token: int, logprob: float) -> ScoredToken:
         raw = token_bytes(tokenizer, token)
-        return {"token": _spelled(token, raw, as_ids=as_ids), "logprob": _told(logprob), "bytes": list(raw)}
+        return {"token": _token_text(token, raw, as_ids=as_ids), "logprob": _json_logprob(logprob), "bytes": list(raw)}
 
     content: list[ChosenToken] = [
-        {**display_name(token, score.logprob), "top_logprobs": [display_name(*pair) for pair in score.top]}
+        {**scored(token, score.logprob), "top_logprobs": [scored(*pair) for pair in score.top]}
         for token, score in zip(token_ids, scores, strict=True)
     ]
     return {"content": content, "refusal": None}
@@ -50,44 +50,44 @@ def chat_logprobs(
 def prompt_logprobs(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], scores: Sequence[TokenScore], top: int
 ) -> PromptLogprobs:
-    """Spell a prompt's scores as vLLM does: per position, by token id, the token itself and the most likely ones.
+    """Format a prompt's log-probabilities as vLLM does: per position, by token id, the token and the most likely ones.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's tokenizer.
         token_ids: the prompt.
-        scores: of its tokens from the second on; nothing predicts the first.
-        top: how many of the most likely ones to tell.
+        scores: scores of the tokens from the second on; the first has none.
+        top: number of most likely tokens to return.
     """
 
-    def display_name(token: int, logprob: float, rank: int) -> PromptToken:
+    def scored(token: int, logprob: float, rank: int) -> PromptToken:
         text = token_bytes(tokenizer, token).decode("utf-8", "replace")
         return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
-    spelled: list[dict[str, PromptToken] | None] = [None]
+    positions: list[dict[str, PromptToken] | None] = [None]
     for token, score in zip(token_ids[1:], scores, strict=True):
         best = [(other, logprob, rank) for rank, (other, logprob) in enumerate(score.top[:top], start=1)]
         places = {token: (score.logprob, score.rank or 1)} | {other: (p, rank) for other, p, rank in best}
-        spelled.append({str(other): display_name(other, *place) for other, place in places.items()})
-    return spelled
+        positions.append({str(other): scored(other, *place) for other, place in places.items()})
+    return positions
 
 
 class Offsets:
-    """Where the tokens of a growing text begin in it, in characters.
+    """Computes the character offsets of tokens in a growing text.
 
-    A token in the middle of a character begins where that character does; one that a stop string has cut off begins where the
-    text ends. The text is made here as an engine makes it, so that the offsets are those of the text that is sent.
+    A token inside a character has the offset of that character; a token cut off by a stop string has the offset of the text's
+    end. The text is decoded as the engine decodes it, so that the offsets match the text that is sent.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stream: TextStream, *, start: int = 0, min_tokens: int = 0
     ) -> None:
-        """Begin a text.
+        """Start a text.
 
         Args:
-            tokenizer: the model's.
-            stream: makes the text.
+            tokenizer: the model's tokenizer.
+            stream: decodes the text.
             start: offset of its first character.
-            min_tokens: tokens before which no stop string ends it.
+            min_tokens: number of tokens before a stop string may end the text.
         """
         self._tokenizer = tokenizer
         self._stream = stream
@@ -96,10 +96,10 @@ class Offsets:
         self._n_tokens = 0
         special = tokenizer.added_tokens_decoder.items()
         self._silent = {token for token, added in special if added.special and added.content not in MARKERS}
-        self._undecided: list[int] = []  # tokens whose text has only begun
+        self._undecided: list[int] = []  # tokens whose text is incomplete
 
     def of(self, token_ids: Sequence[int]) -> list[int]:
-        """Return where the next tokens begin."""
+        """Return the offsets of the next tokens."""
         begins: list[int] = []
         for n_read, token in enumerate(token_ids, start=1):
             self._n_tokens += 1
@@ -115,22 +115,22 @@ class Offsets:
         return [self._start + (min(at, end) if self._stream.stopped else at) for at in begins]
 
     def _within(self, before: int, text: str | None) -> list[int]:
-        """Return where the undecided tokens begin.
+        """Return the offsets of the undecided tokens.
 
         Args:
-            before: where the first of them does.
-            text: what they are together; None if that is not decided yet.
+            before: offset of the first one.
+            text: their text; None if it is not decided yet.
         """
         if len(self._undecided) == 1:
             return [before]
-        spelled = [b"" if token in self._silent else token_bytes(self._tokenizer, token) for token in self._undecided]
-        raw = b"".join(spelled)
+        pieces = [b"" if token in self._silent else token_bytes(self._tokenizer, token) for token in self._undecided]
+        raw = b"".join(pieces)
         if text is None or raw.decode("utf-8", "replace") == text:
-            return [before + character_at(raw, at) for at in accumulate(map(len, spelled[:-1]), initial=0)]
-        # The tokenizer has another way with bytes that are no character: what it makes of the tokens before one tells.
+            return [before + character_at(raw, at) for at in accumulate(map(len, pieces[:-1]), initial=0)]
+        # The tokenizer decodes invalid bytes in its own way, so decode the tokens before each one.
         decode = self._stream.tokenizer.decode
         shorter = [decode(self._undecided[:n], skip_special_tokens=True) for n in range(len(self._undecided))]
-        return [before + n_common(said, text) for said in shorter]
+        return [before + n_common(decoded, text) for decoded in shorter]
 
 
 def completion_logprobs(
@@ -142,34 +142,34 @@ def completion_logprobs(
     *,
     as_ids: bool = False,
 ) -> CompletionLogprobs:
-    """Spell a completion choice's `logprobs`, or a chunk's part of them.
+    """Format a completion choice's `logprobs`, or a chunk's part of them.
 
-    `top_logprobs` has, at each position, the most likely tokens as many as were asked for, and the token itself.
+    `top_logprobs` contains, at each position, the requested number of most likely tokens and the token itself.
 
     Args:
-        tokenizer: the model's.
-        token_ids: the tokens, the prompt's first if it is echoed.
-        scores: of each; None for the very first token of a prompt, which nothing predicts. A token that nobody chose has none
-            either.
-        offsets: of the generated text so far.
+        tokenizer: the model's tokenizer.
+        token_ids: the token ids, with the prompt's first if it is echoed.
+        scores: the tokens' scores; None for the first token of a prompt, which is not predicted. A forced token has no
+            log-probability either.
+        offsets: offsets in the generated text.
         echoed: offsets of the prompt's tokens, if it is echoed.
-        as_ids: whether tokens are spelled `token_id:5` and not by their text.
+        as_ids: whether to write tokens as `token_id:5` instead of their text.
     """
 
-    def display_name(token: int) -> str:
-        return _spelled(token, token_bytes(tokenizer, token), "bytes:", as_ids=as_ids)
+    def name_of(token: int) -> str:
+        return _token_text(token, token_bytes(tokenizer, token), "bytes:", as_ids=as_ids)
 
     def top(token: int, score: TokenScore) -> dict[str, float]:
         found: dict[str, float] = {}
-        # Even whole tokens may have one spelling (SentencePiece has letters as bytes, too): the most likely stands for it.
+        # Different tokens may have the same text (SentencePiece also has bytes for letters); keep the most likely one.
         for other, logprob in (*score.top, (token, score.logprob)):
-            name = display_name(other)
+            name = name_of(other)
             found[name] = max(logprob, found.get(name, logprob))
         return found
 
     return {
-        "tokens": [display_name(token) for token in token_ids],
-        "token_logprobs": [None if score is None else _told(score.logprob) for score in scores],
+        "tokens": [name_of(token) for token in token_ids],
+        "token_logprobs": [None if score is None else _json_logprob(score.logprob) for score in scores],
         "top_logprobs": [
             None if score is None or score is FORCED else top(token, score)
             for token, score in zip(token_ids, scores, strict=True)
@@ -181,13 +181,13 @@ def completion_logprobs(
     }
 
 
-def _told(logprob: float) -> float | None:
-    """Return a log-probability as JSON has it; None for a token that nobody chose."""
+def _json_logprob(logprob: float) -> float | None:
+    """Return a log-probability for JSON; None for a forced token."""
     return None if math.isnan(logprob) else logprob
 
 
-def _spelled(token: int, raw: bytes, mark: str = "", *, as_ids: bool = False) -> str:
-    """Return the text that a token's bytes are; if they are none, a mark and the bytes, those of ASCII as they are."""
+def _token_text(token: int, raw: bytes, mark: str = "", *, as_ids: bool = False) -> str:
+    """Return a token's text; if its bytes are not valid UTF-8, the mark and the escaped bytes."""
     if as_ids:
         return f"token_id:{token}"
     try:

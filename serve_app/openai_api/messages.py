@@ -1,10 +1,10 @@
-"""What a chat request is made of besides settings: its messages, its tools, and the shape it asks the reply to have.
+"""A chat request's messages, tools and response format.
 
-Everything here is OpenAI's wire form, checked once, so that what follows (`prompt`, `grammars`) need not doubt it. SDKs spell
-"not given" as null, so nulls are dropped before fields are looked at. A history repeats what a reply said, and every server's
-replies have fields of their own (`annotations`, `parsed`, `provider_specific_fields`): in an assistant's message, and in parts
-and calls, what is unknown is left out. What the client itself writes has no such excuse: there an unknown field may be content
-that the model would not see, and is refused by name.
+These are OpenAI's wire formats, validated once, so that `prompt` and `grammars` can rely on them. SDKs send null for "not
+given", so nulls are dropped first. A conversation's history repeats earlier replies, and servers add fields of their own to
+these (`annotations`, `parsed`, `provider_specific_fields`). So unknown fields of an assistant's message, of content parts and
+of tool calls are dropped. In everything else an unknown field may be content that the model would not see, and is refused by
+name.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ NAME = r"^[A-Za-z0-9_-]{1,64}$"
 
 
 class Wire(BaseModel):
-    """An object of a request's body: null means absent, and what is unknown is refused."""
+    """An object in a request's body: null means absent, and unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
@@ -38,14 +38,14 @@ class Wire(BaseModel):
         return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
-class Recorded(Wire):
-    """An object that another server may have written: what is unknown is left out."""
+class LenientWire(Wire):
+    """An object that another server may have written: unknown fields are dropped."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
 
 
-class TextPart(Recorded):
-    """One part of a message's content; what the assistant refused to say was its text, too."""
+class TextPart(LenientWire):
+    """A part of a message's content; an assistant's refusal counts as its text."""
 
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: str
@@ -60,7 +60,7 @@ class TextPart(Recorded):
 
 _PARTS = TypeAdapter(list[TextPart])
 SEPARATOR = "\n"
-"""What is between the parts of a content where a chat template takes one text, as in vLLM."""
+"""Separator between content parts for chat templates that take one text, as in vLLM."""
 
 
 def _join(content: Any) -> Any:
@@ -71,28 +71,28 @@ def _texts(content: Any) -> list[str]:
     return [part.text for part in _PARTS.validate_python(content)]
 
 
-class CalledFunction(Recorded):
-    """What a tool call calls."""
+class CalledFunction(LenientWire):
+    """The function of a tool call."""
 
     name: str = Field(pattern=NAME)
-    """The function."""
+    """The function's name."""
     arguments: str
-    """JSON, as the model wrote it."""
+    """The arguments as JSON text, as the model wrote it."""
 
 
-class ToolCall(Recorded):
-    """A call that the assistant made."""
+class ToolCall(LenientWire):
+    """A tool call that the assistant made."""
 
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-BESIDE = frozenset({"annotations", "cache_control", "id", "metadata", "provider_specific_fields", "timestamp"})
-"""What clients write beside the words of any message: it is about the message, and no part of it."""
+METADATA_FIELDS = frozenset({"annotations", "cache_control", "id", "metadata", "provider_specific_fields", "timestamp"})
+"""Fields that clients add to any message; they are metadata, not content."""
 
-UNSAID = frozenset({"audio", "partial", "prefix"})
-"""Fields of an assistant's message that cannot be left out: they hold what it said, or ask for its words to be continued."""
+CONTENT_FIELDS = frozenset({"audio", "partial", "prefix"})
+"""Fields of an assistant's message that cannot be dropped: they are content, or request a continuation."""
 
 
 class Message(Wire):
@@ -101,28 +101,28 @@ class Message(Wire):
     model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    """Who speaks; what a function said is a tool's message from here on."""
+    """The speaker; a message of role `function` is converted to `tool`."""
     content: Annotated[str, BeforeValidator(_join, json_schema_input_type=str | list[TextPart] | None)] = ""
-    """The text; empty for an assistant who only called tools, and for a tool that returned none."""
+    """The text; empty for an assistant that only called tools, and for a tool without output."""
     name: str | None = None
     """The speaker's name."""
     tool_calls: list[ToolCall] = []
-    """An assistant's calls."""
+    """An assistant's tool calls."""
     reasoning_content: str | None = None
-    """What an assistant thought before it answered."""
+    """An assistant's reasoning."""
     tool_call_id: str | None = None
-    """The call that a tool answers."""
+    """Id of the call that a tool's message answers."""
     _parts: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The texts of the content's parts; one if it was a text."""
+        """The texts of the content's parts; one if the content is a text."""
         return self._parts or (self.content,)
 
     @model_validator(mode="wrap")
     @classmethod
     def _keep_parts(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        body = _as_written_today(body, frozenset(cls.model_fields))
+        body = _modernized(body, frozenset(cls.model_fields))
         message = handler(body)
         if isinstance(body, dict) and isinstance(body.get("content"), list):
             message._parts = tuple(_texts(body["content"]))
@@ -131,51 +131,53 @@ class Message(Wire):
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         if self.role != "assistant" and (odd := self.model_fields_set & {"tool_calls", "reasoning_content"}):
-            raise ValueError(f"{min(odd)}: only an assistant's message has it, this one is a {self.role}'s")
+            raise ValueError(
+                f"{min(odd)}: allowed only in an assistant's message; this message has the role {self.role}"
+            )
         if (self.role == "tool") != (self.tool_call_id is not None):
-            raise ValueError("tool_call_id: a tool's message names the call that it answers, and no other message does")
+            raise ValueError("tool_call_id: required in a tool's message, and allowed only there")
         if "content" not in self.model_fields_set and self.role not in ("assistant", "tool"):
-            raise ValueError("content: it is missing; only the messages of an assistant or a tool may leave it out")
+            raise ValueError("content: required, except in messages of an assistant or a tool")
         return self
 
 
-def _as_written_today(body: Any, fields: frozenset[str]) -> Any:
-    """Spell a message as OpenAI does now, without what only goes beside it; anything else is returned as it is.
+def _modernized(body: Any, fields: frozenset[str]) -> Any:
+    """Convert a message to OpenAI's current format, without metadata; other values are returned unchanged.
 
     Args:
-        body: the message, as it was sent.
-        fields: those that a message has.
+        body: the message as it was sent.
+        fields: names of a message's fields.
     """
     if not isinstance(body, dict):
         return body
-    # An empty value says as little as null.
-    said = {key: value for key, value in body.items() if key == "content" or value not in (None, [], {}, "")}
-    if said.get("role") == "function":
-        said |= {"role": "tool", "tool_call_id": _id_of_function(said.get("name"))}
-    if said.get("role") != "assistant":
-        return {key: value for key, value in said.items() if key not in BESIDE}
-    if isinstance(said.get("reasoning"), str):
-        said.setdefault("reasoning_content", said["reasoning"])
-    if isinstance(said.get("refusal"), str):
-        content = said.get("content") or []
+    # Empty values mean the same as null.
+    sent = {key: value for key, value in body.items() if key == "content" or value not in (None, [], {}, "")}
+    if sent.get("role") == "function":
+        sent |= {"role": "tool", "tool_call_id": _id_of_function(sent.get("name"))}
+    if sent.get("role") != "assistant":
+        return {key: value for key, value in sent.items() if key not in METADATA_FIELDS}
+    if isinstance(sent.get("reasoning"), str):
+        sent.setdefault("reasoning_content", sent["reasoning"])
+    if isinstance(sent.get("refusal"), str):
+        content = sent.get("content") or []
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        said["content"] = [*parts, {"type": "refusal", "refusal": said["refusal"]}]
-    if isinstance(function := said.get("function_call"), dict):
-        said.setdefault("tool_calls", [{"id": _id_of_function(function.get("name")), "function": function}])
-    # What is false asks for nothing.
-    return {key: value for key, value in said.items() if key in fields or (key in UNSAID and value)}
+        sent["content"] = [*parts, {"type": "refusal", "refusal": sent["refusal"]}]
+    if isinstance(function := sent.get("function_call"), dict):
+        sent.setdefault("tool_calls", [{"id": _id_of_function(function.get("name")), "function": function}])
+    # False values have no effect.
+    return {key: value for key, value in sent.items() if key in fields or (key in CONTENT_FIELDS and value)}
 
 
 def _id_of_function(name: Any) -> str:
-    """Return the id of the one call that a message could make before there were ids."""
+    """Return an id for a call in the old format, which has one call per message and no ids."""
     return f"function_{name}"
 
 
 def check_tool_results(messages: Sequence[Message]) -> None:
-    """Check that the tools' messages answer the calls of the assistant's message before them.
+    """Check that each tool message answers a call of the preceding assistant message.
 
     Raises:
-        ValueError: naming the first that does not.
+        ValueError: for the first message that does not.
     """
     open_calls: set[str] = set()
     for place, message in enumerate(messages):
@@ -185,8 +187,8 @@ def check_tool_results(messages: Sequence[Message]) -> None:
             open_calls.remove(message.tool_call_id)
         else:
             raise ValueError(
-                f"messages.{place}.tool_call_id: {message.tool_call_id!r} answers no call of the assistant's message before it"
-                + (f"; unanswered there: {', '.join(sorted(open_calls))}" if open_calls else "")
+                f"messages.{place}.tool_call_id: {message.tool_call_id!r} is not a call of the preceding assistant message"
+                + (f"; its unanswered calls: {', '.join(sorted(open_calls))}" if open_calls else "")
             )
 
 
@@ -194,58 +196,58 @@ class Function(Wire):
     """A function that the model may call."""
 
     name: str = Field(pattern=NAME)
-    """Letters, digits, `_` and `-`."""
+    """The function's name: letters, digits, `_` and `-`."""
     description: str | None = None
-    """What it does."""
+    """A description for the model."""
     parameters: dict[str, JsonValue] = {"type": "object", "properties": {}}
-    """A JSON schema of its arguments, which are an object; by default it takes none."""
+    """JSON schema of the arguments, which are an object; by default it has no properties."""
     strict: bool = False
-    """Refuse a schema of which a keyword cannot be enforced; otherwise that keyword is only shown to the model."""
+    """Refuse a schema with a keyword that cannot be enforced; otherwise the keyword is only shown to the model."""
 
     @field_validator("parameters")
     @classmethod
     def _describes_an_object(cls, parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
         if parameters.get("type", "object") != "object":
-            raise ValueError('a function\'s arguments are an object: "type" must be "object"')
+            raise ValueError('a function\'s arguments are an object, so "type" must be "object"')
         return {"type": "object", **parameters}
 
 
 class Tool(Wire):
-    """A tool on offer."""
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(Recorded):
-    """A function on offer, by its name; clients may repeat the rest of it."""
+class FunctionName(LenientWire):
+    """The name of a function; clients may repeat its other fields."""
 
     name: str = Field(pattern=NAME)
 
 
 class NamedToolChoice(Wire):
-    """A tool choice that leaves no choice."""
+    """A tool choice that requires one function."""
 
     type: Literal["function"]
     function: FunctionName
 
 
 class AllowedTools(Wire):
-    """Some of the tools on offer, and whether one of them must be called."""
+    """A subset of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
     tools: list[NamedToolChoice] = Field(min_length=1)
 
 
 class AllowedToolsChoice(Wire):
-    """A tool choice among some of the tools on offer; the model is shown all of them."""
+    """A tool choice that allows a subset of the tools; the model is shown all of them."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
 
 def _parse_choice(choice: Any) -> Any:
-    # Tried here and not as one of a union, so that an error names the field that is wrong.
+    # Validated here instead of as a union, so that an error names the invalid field.
     if not isinstance(choice, dict):
         return choice
     kind = AllowedToolsChoice if choice.get("type") == "allowed_tools" else NamedToolChoice
@@ -255,11 +257,11 @@ def _parse_choice(choice: Any) -> Any:
 ToolChoice = Annotated[
     Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice, BeforeValidator(_parse_choice)
 ]
-"""Whether tools are called: never, as the model likes, at least one, this one, or only some of them."""
+"""Which tools are called: none, any that the model chooses, at least one, a named one, or some of a subset."""
 
 
 def callable_names(choice: ToolChoice) -> frozenset[str] | None:
-    """Return the functions that a tool choice names, None if it leaves all of them."""
+    """Return the names of the functions that a tool choice allows; None for all."""
     if isinstance(choice, NamedToolChoice):
         return frozenset({choice.function.name})
     if isinstance(choice, AllowedToolsChoice):
@@ -271,17 +273,17 @@ class JsonSchema(Wire):
     """The schema that a reply must match."""
 
     name: str = Field(pattern=NAME)
-    """What the client calls it."""
+    """The client's name for the schema."""
     schema_: dict[str, JsonValue] = Field(alias="schema", default={"type": "object"})
-    """The JSON schema, on the wire `schema`; by default any object."""
+    """The JSON schema, `schema` on the wire; by default any object."""
     description: str | None = None
-    """What it is for."""
+    """The schema's purpose."""
     strict: bool = False
-    """Refuse a schema of which a keyword cannot be enforced; otherwise that keyword is not enforced."""
+    """Refuse a schema with a keyword that cannot be enforced; otherwise the keyword is ignored."""
 
 
 class ResponseFormat(Wire):
-    """What a reply must be: any text, a JSON object, or JSON that matches a schema."""
+    """The format of a reply: any text, a JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -289,5 +291,5 @@ class ResponseFormat(Wire):
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError('json_schema goes with type "json_schema", and only with that')
+            raise ValueError('json_schema is required with type "json_schema", and allowed only with it')
         return self

@@ -1,9 +1,8 @@
-"""Parameters that other servers act on and this one does not need to: the value that is true here is accepted.
+"""Parameters that this server accepts but does not read: their accepted values describe what it does anyway.
 
-Clients send settings on every request that say what this server does anyway (`store: false`). They are fields like any other,
-so that `/openapi.json` has them, but nothing reads them. A setting has the value, or the values, that describe what happens
-here; any other would change the result and is refused by name. A hint (`prompt_cache_key`) changes no result, only how fast
-or under which label it comes, so any value of its type is accepted.
+Clients send such settings with every request (`store: false`). They are declared as fields, so that `/openapi.json` contains
+them. A setting accepts only the values that describe this server's behavior; any other value would change the result and is
+refused by name. A hint (`prompt_cache_key`) does not change results, so any value of its type is accepted.
 """
 
 import json
@@ -18,29 +17,29 @@ from serve_app.openai_api.messages import Wire
 
 
 class Only:
-    """Accepts the values that are true here, and says which they are when it refuses another.
+    """Accepts only some values; the error for any other value lists them.
 
     Attributes:
-        values: all that are accepted, as JSON.
+        values: the accepted values, as JSON.
     """
 
     def __init__(self, *values: JsonValue) -> None:
         self.values = values
 
     def check(self, value: Any) -> Any:
-        """Return a value that is accepted."""
-        # JSON's true is no 1, though Python's is.
+        """Return the value if it is accepted; else raise an error."""
+        # In JSON, true is not 1, as it is in Python.
         if any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.values):
             return value
         allowed = " or ".join(map(json.dumps, self.values))
         raise PydanticCustomError("unsupported_value", "this server supports only {allowed}", {"allowed": allowed})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Tell pydantic how a value is checked."""
+        """Return pydantic's validator."""
         return core_schema.no_info_plain_validator_function(self.check)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Tell pydantic how the field is described."""
+        """Return the field's JSON schema."""
         return {"enum": list(self.values)}
 
 
@@ -48,7 +47,7 @@ Hint = Annotated[str, Field(description="Accepted; has no effect here.")]
 
 
 class NeutralParams(Wire):
-    """What chat completions and completions accept without reading it."""
+    """Parameters without effect of chat completions and completions."""
 
     user: Hint | None = None
     metadata: dict[str, str] | None = None
@@ -68,7 +67,7 @@ class NeutralParams(Wire):
 
 
 class NeutralChatParams(Wire):
-    """What chat completions accept beside that."""
+    """Further parameters without effect of chat completions."""
 
     modalities: Annotated[Any, Only(["text"])] = Field(default=["text"])
     functions: Annotated[JsonValue, Only([])] = Field(default=[])
@@ -81,6 +80,6 @@ class NeutralChatParams(Wire):
 
 
 class NeutralCompletionParams(Wire):
-    """What completions accept beside that."""
+    """Further parameters without effect of completions."""
 
     suffix: Annotated[JsonValue, Only("")] = ""

@@ -1,9 +1,8 @@
-"""What chat completions and completions have in common: how to choose tokens, and whether to stream.
+"""Parameters that chat completions and completions share: sampling, streaming, activations, probes and steering.
 
-Every OpenAI parameter here is honoured, but for those whose one value is what happens anyway (`neutral`). Every one that is
-not here is refused by name, because a parameter that is silently ignored makes a result wrong without anyone noticing.
-`top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are not OpenAI's; they are spelled as vLLM spells them, as
-those of `vllm_params` are.
+Every OpenAI parameter declared here has an effect, except those whose only accepted value describes what happens anyway
+(`neutral`). Every undeclared parameter is refused by name, because silently ignoring one would make results wrong. `top_k`,
+`min_tokens`, `repetition_penalty` and `stop_token_ids` are not OpenAI's; they have vLLM's names, as those of `vllm_params` do.
 """
 
 import re
@@ -34,13 +33,13 @@ def _stop_list(stop: Any) -> Any:
 
 
 def _different_tokens(biases: Any) -> Any:
-    """Refuse what is no token, all of it at once, and one that is spelled in two ways, of which one bias would be dropped."""
+    """Refuse keys that are not token ids, and two keys for the same token, of which one bias would be dropped."""
     if isinstance(biases, dict):
         named = [re.fullmatch(r"\s*\+?([0-9]{1,4300})\s*", str(token)) for token in biases]
         if wrong := [token for token, found in zip(biases, named, strict=True) if found is None]:
-            raise ValueError(f"the keys are token ids, 0 or more; {enumerated(map(repr, wrong))} cannot be one")
+            raise ValueError(f"keys must be token ids (integers from 0); {enumerated(map(repr, wrong))} is not allowed")
         if len({int(found[1]) for found in named if found}) < len(biases):
-            raise ValueError("a token is there twice")
+            raise ValueError("two keys are the same token id")
     return biases
 
 
@@ -51,13 +50,13 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     include_obfuscation: bool = False
-    """OpenAI pads the chunks of a stream so that their sizes tell nothing; accepted, and not done here."""
+    """Accepted without effect; OpenAI pads chunks so that their sizes reveal nothing."""
     continuous_usage_stats: bool = False
-    """With `include_usage`, every chunk has the numbers of tokens so far."""
+    """With `include_usage`, every chunk contains the token counts so far."""
 
 
 class GenerationParams(NeutralParams, VllmParams):
-    """The part of a request's body that both routes share; the fields are OpenAI's (docs/http.md)."""
+    """The fields that the bodies of both routes share (docs/http.md)."""
 
     model: str
     stream: bool = False
@@ -88,41 +87,41 @@ class GenerationParams(NeutralParams, VllmParams):
     @model_validator(mode="after")
     def _agree(self) -> "GenerationParams":
         if self.activations is not None and self.collect_activations is not None:
-            raise ValueError("activations: it and collect_activations are two spellings of one thing; send one of them")
+            raise ValueError("activations: collect_activations is another name for it; send only one of them")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only with stream: true")
+            raise ValueError("stream_options: allowed only with stream: true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs: only with stream: false")
+            raise ValueError("prompt_logprobs: allowed only with stream: false")
         names = [probe if isinstance(probe, str) else probe.name for probe in self.probes]
         if len(set(names)) < len(names):
-            raise ValueError("probes: two have one name")
+            raise ValueError("probes: two probes have the same name")
         asked = self.capture
         for name in SERVER_LABELS.keys() & (asked.labels if asked is not None else ()):
             raise ValueError(
-                f"activations.labels: {name!r} is the server's to set, from the request's {SERVER_LABELS[name]}"
+                f"activations.labels: {name!r} is reserved; the server sets it from the request's {SERVER_LABELS[name]}"
             )
         if asked is not None and asked.key is not None and self.n > 1:
-            raise ValueError("activations.key: a key names one rollout, and n > 1 makes several; send n requests")
+            raise ValueError("activations.key: a key identifies one rollout, but n > 1 makes several; send n requests")
         return self
 
     @property
     def capture(self) -> ActivationRequest | None:
-        """What to keep, in either of its spellings."""
+        """The request for activations, from `activations` or `collect_activations`."""
         return self.collect_activations.request() if self.collect_activations else self.activations
 
     @property
     def counts_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def counts_usage_in_chunks(self) -> bool:
-        """Whether every chunk of a stream has the numbers of tokens so far."""
+        """Whether every chunk of a stream contains the token counts so far."""
         return self.counts_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def returns_token_ids(self) -> bool:
-        """Whether the reply has the ids of tokens: asked for, or because it has rows or scores, which are one per token."""
+        """Whether the reply contains token ids: if requested, or if it contains rows or scores, which are one per token."""
         if self.return_token_ids is not None:
             return self.return_token_ids
         return bool(self.probes) or (self.capture is not None and self.capture.delivery != "reference")
@@ -130,13 +129,13 @@ class GenerationParams(NeutralParams, VllmParams):
     def sampling(
         self, max_tokens: int, choice: int, top_logprobs: int, bad_words: tuple[tuple[int, ...], ...] = ()
     ) -> Sampling:
-        """Say how to choose one choice's tokens; each choice of a seeded request has a stream of its own.
+        """Return one choice's sampling parameters; each choice of a seeded request has its own random stream.
 
         Args:
-            max_tokens: the most to generate.
-            choice: which choice of the request, from 0.
-            top_logprobs: alternatives to report per token.
-            bad_words: the tokens of `bad_words`.
+            max_tokens: maximum number of tokens to generate.
+            choice: number of the choice, from 0.
+            top_logprobs: number of alternatives to report per token.
+            bad_words: the token ids of `bad_words`.
         """
         return Sampling(
             max_tokens=max_tokens,

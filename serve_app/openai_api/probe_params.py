@@ -1,7 +1,7 @@
-"""`probes` and `steering`: how a request names what its tokens are scored with and what is added to its stream.
+"""The request fields `probes` and `steering`.
 
-A saved probe is named by a path under one of the folders that the server's configuration allows, `FOLDER/NAME`; or a probe
-comes with the request, as numbers. `requests.probes_and_steering` finds what the names stand for; here is the wire.
+A saved probe is named by its path inside one of the folders that the server's configuration allows, `FOLDER/NAME`. A probe may
+also be sent with the request, as numbers. `requests.probes_and_steering` resolves these fields.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from serve_app.openai_api.schemas import ProbeScores
 MAX_PROBES = 16
 MAX_ADDITIONS = 16
 MAX_WIDTH = 65_536
-"""Numbers in a vector; no model's stream is wider."""
+"""Maximum width of a vector; no model's residual stream is wider."""
 
 Number = Annotated[Float, Field(allow_inf_nan=False)]
 Vector = Annotated[
@@ -40,17 +40,21 @@ ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x0
 
 
 class InlineProbe(BaseModel):
-    """A probe that comes with the request: the score of a row x is `weight · (x − mean) / scale + bias`."""
+    """A probe sent with the request: the score of a row x is `weight · (x − mean) / scale + bias`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=200, description="What the reply calls it.")
-    key: str = Field(min_length=1, max_length=512, description="The stored key it reads, `layers.12.resid_post`.")
-    weight: Vector = Field(description="As wide as the key's rows.")
-    bias: Number = Field(0.0, description="Added to the product.")
-    mean: Vector | None = Field(None, description="Zeros if absent.")
-    scale: Vector | None = Field(None, description="Ones if absent; no number of it may be 0.")
-    stop_when: StopWhen | None = Field(None, description="When its scores end the generation, or the reasoning.")
+    name: str = Field(min_length=1, max_length=200, description="The probe's name in the reply.")
+    key: str = Field(
+        min_length=1, max_length=512, description="The stored key that it reads, such as `layers.12.resid_post`."
+    )
+    weight: Vector = Field(description="Weights, one per feature of the key's rows.")
+    bias: Number = Field(0.0, description="The bias.")
+    mean: Vector | None = Field(None, description="Mean to subtract; zeros if absent.")
+    scale: Vector | None = Field(None, description="Scale to divide by, without zeros; ones if absent.")
+    stop_when: StopWhen | None = Field(
+        None, description="Condition on its scores that ends the generation or the reasoning."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "InlineProbe":
@@ -58,29 +62,31 @@ class InlineProbe(BaseModel):
             values = getattr(self, part)
             if values is not None and len(values) != len(self.weight):
                 raise ValueError(
-                    f"{part}: has {len(values)} numbers and weight {len(self.weight)}; they must be as many"
+                    f"{part}: has {len(values)} numbers but weight has {len(self.weight)}; the lengths must be equal"
                 )
         if self.scale is not None and 0 in self.scale:
-            raise ValueError("scale: a row cannot be divided by 0")
+            raise ValueError("scale: 0 is not allowed")
         return self
 
 
 class NamedProbe(BaseModel):
-    """A saved probe whose scores may act."""
+    """A saved probe, with an optional stop rule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probe: ProbePath = Field(description="A saved probe.")
-    stop_when: StopWhen | None = Field(None, description="When its scores end the generation, or the reasoning.")
+    probe: ProbePath = Field(description="The saved probe, FOLDER/NAME.")
+    stop_when: StopWhen | None = Field(
+        None, description="Condition on its scores that ends the generation or the reasoning."
+    )
 
     @property
     def name(self) -> str:
-        """What the reply calls it."""
+        """The probe's name in the reply."""
         return self.probe
 
 
 def _kind_of_probe(value: Any) -> str:
-    """Tell the spellings of a probe apart, so that an error is about the one that was meant."""
+    """Return the kind of a probe's value, so that an error concerns only that kind."""
     if isinstance(value, str):
         return "probe-path"
     named = isinstance(value, NamedProbe) or (isinstance(value, dict) and "probe" in value)
@@ -96,28 +102,31 @@ ProbeRequest = Annotated[
 
 
 class SteeringRequest(BaseModel):
-    """One vector to add: `scale` times a saved probe's direction (of length 1), or times a vector as it is given."""
+    """A steering vector: `scale` times a saved probe's direction (of length 1), or times the given vector."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probe: ProbePath | None = Field(None, description="A saved probe.")
-    output: Int | None = Field(None, ge=0, description="Which of a probe's directions, for one with several.")
-    vector: Vector | None = Field(None, description="Numbers, as many as the stream is wide.")
+    probe: ProbePath | None = Field(None, description="A saved probe, FOLDER/NAME.")
+    output: Int | None = Field(None, ge=0, description="Index of the direction, for a probe with several.")
+    vector: Vector | None = Field(None, description="A vector of the residual stream's width.")
     hook_point: str | None = Field(
-        None, min_length=1, max_length=64, description="Where; a saved probe's own, else `resid_post`."
+        None,
+        min_length=1,
+        max_length=64,
+        description="Hook point to steer. Default: the saved probe's own, else `resid_post`.",
     )
     layer: Int | None = Field(
-        None, description="Where; a saved probe's own by default. Negative ones count from the end."
+        None, description="Layer to steer; negative numbers count from the end. Default: the saved probe's own."
     )
-    scale: Number = Field(description="What the vector is multiplied by.")
+    scale: Number = Field(description="Factor of the vector.")
     positions: SteeredPositions = "all"
 
     @model_validator(mode="after")
     def _one_source(self) -> "SteeringRequest":
         if (self.probe is None) == (self.vector is None):
-            raise ValueError("probe: give either a saved probe or a vector")
+            raise ValueError("probe: send exactly one of probe and vector")
         if self.output is not None and self.probe is None:
-            raise ValueError("output: only of a saved probe")
+            raise ValueError("output: allowed only with a saved probe")
         return self
 
 
@@ -128,11 +137,11 @@ def format_scores(
     start: int = 0,
     acted: Sequence[Acted] = (),
 ) -> list[ProbeScores]:
-    """Return a choice's `probes`: what each probe gave the rows from position `start` on, and what its scores have done.
+    """Return a choice's `probes`: each probe's scores of the rows from position `start`, and the action that it took.
 
-    A probe with one output gives a number per row, one with several a list of them.
+    A probe with one output has a number per row, a probe with several a list.
     """
-    spelled: list[ProbeScores] = [
+    formatted: list[ProbeScores] = [
         {
             "probe": scorer.name,
             "key": scorer.key,
@@ -146,12 +155,12 @@ def format_scores(
         for scorer, scores in zip(scorers, probed, strict=True)
     ]
     for one in acted:
-        spelled[one.probe]["acted"] = {"then": one.then, "position": one.position, "score": one.score}
-    return spelled
+        formatted[one.probe]["acted"] = {"then": one.then, "position": one.position, "score": one.score}
+    return formatted
 
 
 def actions_of(scorers: tuple[RequestProbe, ...], acted: Sequence[Acted]) -> list[ProbeAction]:
-    """Return what the scores of probes have done, as a rollout's record says it."""
+    """Return the actions of probes in the format of a rollout's record."""
     return [
         ProbeAction(probe=scorers[one.probe].name, then=one.then, position=one.position, score=one.score)
         for one in acted

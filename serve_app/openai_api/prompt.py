@@ -1,9 +1,9 @@
-"""From messages to tokens: the model's own chat template, and where each role's words are in the text it makes.
+"""Renders messages with the model's chat template, and finds each role's segment in the text.
 
-The template is rendered to text first and tokenized with offsets, so that a stored rollout can say which characters each
-token covers. Who said what is found by rendering the conversation one turn longer each time: what a turn adds is its
-segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment. Tools go to templates
-that write calls as `<tool_call>`; for all others, `tools` puts them into plain words.
+The template is rendered to text and then tokenized with offsets, so that a stored rollout records which characters each token
+covers. Segments are found by rendering the conversation with one more turn at a time: the text that a turn adds is its
+segment. If a template rewrites earlier messages, the whole prompt is one segment. Tools are passed to templates that write
+calls as `<tool_call>`; for all other templates, `tools` describes them in plain text.
 """
 
 import inspect
@@ -28,15 +28,15 @@ from serve_app.openai_api.tools import TemplateTurn, native_turns, offered, plai
 log = logging.getLogger(__name__)
 
 MARK = "\ue000"
-"""A character for private use, which no conversation has: it shows where a message's words begin."""
+"""A private-use character that no conversation contains; it marks where a message's text begins."""
 
 REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
-"""How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
+"""Exceptions of a template for messages that it does not support: its own errors, and errors in its expressions."""
 
 
 Ending = Literal["reply", "none", "open"]
-"""What stands at the end of a rendered conversation: the words that begin a reply; the last message, closed; or the last
-message, left open for the model to continue."""
+"""How a rendered conversation ends: with the start of a reply; with the last message, closed; or with the last message, left
+open for the model to continue."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Rendered:
     """A rendered conversation."""
 
     prompt: TokenizedText
-    """What the model sees."""
+    """The tokenized prompt."""
     turn_start: int
-    """The first token that is new in this turn: the last one of the last assistant message, which the turn before sampled
-    but did not feed; 0 in a first turn."""
+    """Index of the first token that is new in this turn: the last token of the last assistant message, which the previous turn
+    sampled but did not feed to the model. 0 in a first turn."""
 
 
 def render(
@@ -63,17 +63,17 @@ def render(
     """Render and tokenize a conversation, ready for the model's turn.
 
     Args:
-        tokenizer: the model's, with its chat template.
+        tokenizer: the model's tokenizer, with its chat template.
         messages: the conversation.
-        model: its name, for errors.
-        tools: what the model may call.
+        model: the model's name, for errors.
+        tools: tools that the model may call.
         template_kwargs: variables of the template that the client sets.
-        ending: what stands at its end.
-        add_special_tokens: whether the tokenizer adds what begins, or ends, a text, beside what the template writes.
+        ending: how the text ends.
+        add_special_tokens: whether the tokenizer adds its special tokens to the template's text.
 
     Raises:
-        ApiError: if the model has no chat template, the template refuses the messages, a variable is not to be set, or a
-            tool's message answers no call.
+        ApiError: if the model has no chat template, the template refuses the messages, a variable may not be set, or a
+            tool message answers no call.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, f"{model} has no chat template, so it cannot chat", param="messages")
@@ -86,24 +86,26 @@ def render(
         turns = template.take(messages, tools)
         text = template.render(turns)
     except REFUSALS as error:
-        raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
+        raise ApiError(
+            400, f"messages: the chat template of {model} refuses them: {error}", param="messages"
+        ) from error
     segments = _segments(template, turns, text)
     prompt = tokenize_rendered(tokenizer, text, segments, add_special_tokens=add_special_tokens)
-    added = prompt.segments[0].start - segments[0].start  # characters that the tokenizer put before it
+    added = prompt.segments[0].start - segments[0].start  # characters that the tokenizer prepended
     offsets = [offset - added for offset in prompt.token_offsets]
     return Rendered(prompt, _turn_start(template, turns, text, offsets))
 
 
 class _Template:
-    """A model's chat template, with what a request sets in it and the tools it is to show."""
+    """A model's chat template with a request's variables and tools."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, model: str, variables: dict[str, Any], ending: Ending
     ) -> None:
-        """Take a request's variables. One that the template does not use has no effect, and the log says so.
+        """Check a request's variables. A variable that the template does not use has no effect and is logged.
 
         Raises:
-            ApiError: if one is not the client's to set.
+            ApiError: if a client may not set a variable.
         """
         self._tokenizer = tokenizer
         self.ending = ending
@@ -114,21 +116,21 @@ class _Template:
         ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
         ours |= {"messages"}
         free = template_variables(tokenizer.get_chat_template()) - ours
-        known = f"it has {', '.join(sorted(free))}" if free else "it has none"
+        known = f"allowed are {', '.join(sorted(free))}" if free else "it has no variables to set"
         for name, value in variables.items():
             if name in ours:
                 raise ApiError(
                     400,
-                    f"chat_template_kwargs: {name!r} is not a variable of {model}'s chat template to be set; {known}",
+                    f"chat_template_kwargs: {name!r} may not be set for the chat template of {model}; {known}",
                     param="chat_template_kwargs",
                 )
             if name in free:
                 self._variables[name] = value
             else:
-                log.info("chat_template_kwargs: %s's chat template does not use %r; %s", model, name, known)
+                log.info("chat_template_kwargs: the chat template of %s does not use %r; %s", model, name, known)
 
     def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[TemplateTurn]:
-        """Write a conversation for this template, which shows the tools from now on if it can."""
+        """Convert a conversation for this template; if the template supports tools, `render` passes them to it."""
         if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
             return native_turns(messages, self._takes_parts)
         try:
@@ -150,8 +152,8 @@ class _Template:
         """Render turns to text.
 
         Args:
-            turns: who says what.
-            whole: whether they are the whole conversation, which ends as the request says, or its beginning.
+            turns: the turns.
+            whole: whether they are the whole conversation, which ends as requested, or only its beginning.
         """
         messages = [message for turn in turns for message in turn.messages]
         rendered: Any = self._tokenizer.apply_chat_template(
@@ -165,12 +167,12 @@ class _Template:
         return str(rendered)
 
     def _takes_parts(self, role: str) -> bool:
-        """Find out whether the template goes through the parts of a role's content, by trying it on two."""
-        said = {"role": role, "content": [{"type": "text", "text": "Agreed."}, {"type": "text", "text": "Thanks."}]}
+        """Return whether the template supports content in parts for a role, by rendering two parts."""
+        message = {"role": role, "content": [{"type": "text", "text": "Agreed."}, {"type": "text", "text": "Thanks."}]}
         user: dict[str, Any] = {"role": "user", "content": "?"}
         try:
             tried = self._try(
-                [said, user] if role == "system" else [user, said] if role == "assistant" else [said], None
+                [message, user] if role == "system" else [user, message] if role == "assistant" else [message], None
             )
         except REFUSALS:
             return False
@@ -182,10 +184,10 @@ class _Template:
 
 @lru_cache(maxsize=8)
 def template_variables(source: str) -> frozenset[str]:
-    """Return the variables that a chat template looks up."""
+    """Return the names of the variables that a chat template uses."""
     environment = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(dict.fromkeys(["raise_exception", "strftime_now"]))
-    # transformers' own tag around what the assistant says; to jinja it is unknown.
+    # transformers' own tag around the assistant's text, which jinja does not know.
     parsed = environment.parse(re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source))
     return frozenset(meta.find_undeclared_variables(parsed))
 
@@ -198,7 +200,7 @@ def _segments(template: _Template, turns: list[TemplateTurn], text: str) -> list
             return [*segments, Segment(turn.role, start, len(text))]
         try:
             so_far = template.render(turns[:count], whole=False)
-        except REFUSALS:  # some templates refuse a conversation that stops here
+        except REFUSALS:  # some templates refuse a conversation that ends here
             return [Segment(PROMPT, 0, len(text))]
         if not text.startswith(so_far) or len(so_far) < start:
             return [Segment(PROMPT, 0, len(text))]
@@ -208,13 +210,13 @@ def _segments(template: _Template, turns: list[TemplateTurn], text: str) -> list
 
 
 def _turn_start(template: _Template, turns: list[TemplateTurn], text: str, offsets: list[int]) -> int:
-    """Return the token that covers the last character of the last assistant message's own words, calls included.
+    """Return the index of the token with the last character of the last assistant message's text, calls included.
 
-    If they cannot be found in what the template made of them, it is the first of its words, or the first token of all:
-    rather kept twice than not at all.
+    If that text is not found in the rendered text, return the first token of the message, or 0: a row is rather stored twice
+    than not at all.
     """
-    said = turns[:-1] if template.ending == "open" else turns  # a message that is left open belongs to this turn
-    last = max((place for place, turn in enumerate(said) if turn.role == "assistant"), default=None)
+    closed = turns[:-1] if template.ending == "open" else turns  # an open message belongs to this turn
+    last = max((place for place, turn in enumerate(closed) if turn.role == "assistant"), default=None)
     if last is None:
         return 0
     start = _begins(template, turns, last, text)
@@ -227,9 +229,9 @@ def _turn_start(template: _Template, turns: list[TemplateTurn], text: str, offse
 
 
 def _begins(template: _Template, turns: list[TemplateTurn], place: int, text: str) -> int | None:
-    """Return the character at which a turn's words begin: the first that changes when they begin with something else."""
-    said, *others = turns[place].messages
-    marked = TemplateTurn(turns[place].role, [{**said, "content": _marked(said["content"])}, *others], "")
+    """Return the offset where a turn's text begins: the first character that changes if the text starts with `MARK`."""
+    first, *others = turns[place].messages
+    marked = TemplateTurn(turns[place].role, [{**first, "content": _marked(first["content"])}, *others], "")
     try:
         changed = template.render([*turns[:place], marked, *turns[place + 1 :]])
     except REFUSALS:

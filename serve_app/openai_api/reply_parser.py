@@ -1,10 +1,17 @@
-"""What a model says, taken apart while it comes: its reasoning, its content, and the tools it calls.
+"""Splits generated text into reasoning, content and tool calls while it is generated.
 
-Text goes in as it is generated; parts come out as soon as they are certain, because what a client has been sent cannot be
-taken back. So the beginning of a marker (`<think>`, `<tool_call>`) is held until it is one or not. A call is sent once
-`{"name": …, "arguments": {` has been read, and its arguments from then on as they come; a call whose keys are in another
-order is read whole. A block that is no call was only text, and is given back as it stood. The same parser reads whole
-replies, so a reply says the same streamed or not.
+Parts are returned as soon as they are certain, because text that has been sent to a client cannot be withdrawn. So a possible
+start of a marker (`<think>`, `<tool_call>`) is held back until it is decided. A call starts once `{"name": …, "arguments": {`
+has been read, and its arguments are streamed from there; a call whose keys have another order is read whole. A block that is
+not a call is returned as text, unchanged. The same parser reads complete replies, so that streamed replies have the same
+content. `ReplyParser` is a state machine with one method per state:
+
+    possible -> _opening ---.
+    started  -> _thinking <-'-> _after_thinking -> _content          <think> … </think>, then content
+    none     -> _content
+                _content <-> _block -> _arguments -> _rest_of_call -> _closing -> _content     a call, name first
+                             _block -----------------------------------> _closing -> _content     a call, read whole
+                             _block -> _content                                                   not a call
 """
 
 from collections.abc import Callable
@@ -18,7 +25,7 @@ from serve_app.openai_api.call_text import HEADER, Braces, parse_call
 from serve_app.openai_api.schemas import AssistantMessage, MadeToolCall
 
 Reasoning = Literal["started", "possible", "none"]
-"""How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""
+"""How generated text begins: inside the reasoning, possibly with `<think>`, or with content."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class ReasoningDelta:
 
 @dataclass(frozen=True)
 class ToolCallStart:
-    """A call begins; the first one's index is 0."""
+    """The start of a tool call; the first one's index is 0."""
 
     index: int
     id: str
@@ -46,7 +53,7 @@ class ToolCallStart:
 
 @dataclass(frozen=True)
 class ToolCallArguments:
-    """More of a call's arguments, which are JSON."""
+    """More of a tool call's arguments, which are JSON."""
 
     index: int
     text: str
@@ -56,12 +63,12 @@ ReplyPart = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArguments
 
 
 def reasoning_mode(template_source: str, prompt_text: str, prefill: str = "") -> Reasoning:
-    """Say how a reply begins, from the model's chat template and the prompt it made.
+    """Return how generated text begins, from the model's chat template and the rendered prompt.
 
     Args:
         template_source: the template.
         prompt_text: the prompt.
-        prefill: how the message begins that the reply continues, if it continues one.
+        prefill: the start of the message that the reply continues, if it continues one.
     """
     if prefill.strip():
         return "started" if prefill.rfind(THINK_START) > prefill.rfind(THINK_END) else "none"
@@ -72,7 +79,7 @@ def reasoning_mode(template_source: str, prompt_text: str, prefill: str = "") ->
 
 
 def assemble(parts: list[ReplyPart]) -> AssistantMessage:
-    """Put the parts of a whole reply together to an assistant's message."""
+    """Assemble the parts of a complete reply into an assistant's message."""
     content = "".join(part.text for part in parts if isinstance(part, ContentDelta))
     reasoning = "".join(part.text for part in parts if isinstance(part, ReasoningDelta))
     calls: list[MadeToolCall] = []
@@ -90,26 +97,26 @@ def assemble(parts: list[ReplyPart]) -> AssistantMessage:
 
 
 class ReplyParser:
-    """Takes one reply apart; `feed` it the text as it comes, then `finish`.
+    """Splits the text of one reply; call `feed` with each piece of text, then `finish`.
 
-    White space around calls, and newlines around reasoning, separate and are dropped. Within a call, what stands beside its
-    name and its arguments is dropped too. Arguments that end too early, because the reply does, are given as they are.
+    Whitespace around calls and newlines around reasoning are separators and are dropped. Within a call, everything except its
+    name and its arguments is dropped too. Arguments that are cut off with the reply are returned as they are.
     """
 
     def __init__(self, *, tools: bool, reasoning: Reasoning) -> None:
-        """Begin a reply.
+        """Start a reply.
 
         Args:
-            tools: whether it may call tools; otherwise `<tool_call>` is text like any other.
-            reasoning: how it begins.
+            tools: whether it may call tools; otherwise `<tool_call>` is plain text.
+            reasoning: how the text begins.
         """
         self._tools = tools
-        self._text = ""  # what is not decided yet
+        self._text = ""  # text that is not decided yet
         self._parts: list[ReplyPart] = []
         self._calls = 0
         self._after_call = False
         self._thought = False
-        self._gap = ""  # white space before the block being read
+        self._gap = ""  # whitespace before the current block
         self._json = Braces()
         self._read: Callable[[bool], bool] = {
             "started": self._thinking,
@@ -118,29 +125,29 @@ class ReplyParser:
         }[reasoning]
 
     def feed(self, text: str) -> list[ReplyPart]:
-        """Take more text and return what has become certain."""
+        """Add text and return the parts that are certain now."""
         self._text += text
         return self._take(final=False)
 
     def finish(self) -> list[ReplyPart]:
-        """Return the rest: the reply has ended."""
+        """End the reply and return the remaining parts."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> list[ReplyPart]:
-        # Each reader takes from the text what it can and says whether the next one should go on.
+        # Each state consumes text and returns whether the next state should continue at once.
         while self._read(final):
             pass
         parts, self._parts = self._parts, []
         return parts
 
     def _opening(self, final: bool) -> bool:
-        """Before the first word: perhaps the model thinks first."""
-        said = self._text.lstrip()
-        if said.startswith(THINK_START):
-            self._text = said.removeprefix(THINK_START)
+        """Read the start of the text, which may be the start of the reasoning."""
+        begun = self._text.lstrip()
+        if begun.startswith(THINK_START):
+            self._text = begun.removeprefix(THINK_START)
             self._read = self._thinking
             return True
-        if THINK_START.startswith(said) and not final:
+        if THINK_START.startswith(begun) and not final:
             return False
         self._read = self._content
         return True
@@ -175,11 +182,11 @@ class ReplyParser:
             if self._tools and not final:
                 end = len(self._text[: end - _begun(self._text, CALL_START)].rstrip())
             if not (self._after_call and self._text[:end].isspace()):
-                self._say(self._text[:end])
+                self._emit_content(self._text[:end])
             self._text = self._text[end:]
             return False
         words = self._text[:start].rstrip()
-        self._say(words)
+        self._emit_content(words)
         self._gap = self._text[len(words) : start]
         self._text = self._text[start + len(CALL_START) :]
         self._json = Braces()
@@ -187,7 +194,7 @@ class ReplyParser:
         return True
 
     def _block(self, final: bool) -> bool:
-        """At the start of a block: a call whose name comes first, a call to be read whole, or none."""
+        """Read the start of a block: a call that names its function first, a call to read whole, or text."""
         if header := HEADER.match(self._text):
             self._start_call(header[1])
             self._text = self._text[header.end() :]
@@ -216,7 +223,7 @@ class ReplyParser:
         if end:
             self._parts.append(ToolCallArguments(self._calls - 1, self._text[:end]))
             self._text = self._text[end:]
-            self._json.go_on()
+            self._json.restart()
         ended = self._json.ended
         if ended:
             self._json = Braces(depth=1)
@@ -226,7 +233,7 @@ class ReplyParser:
     def _rest_of_call(self, final: bool) -> bool:
         end = self._json.read(self._text, 0, final=final)
         self._text = self._text[end:]
-        self._json.go_on()
+        self._json.restart()
         if self._json.ended:
             self._read = self._closing
         return self._json.ended
@@ -248,18 +255,18 @@ class ReplyParser:
         self._calls += 1
 
     def _no_call(self, end: int) -> bool:
-        """Give a block back as text, up to a place in what follows its marker."""
-        self._say(self._gap + CALL_START + self._text[:end])
+        """Return a block as text, up to an offset after its marker."""
+        self._emit_content(self._gap + CALL_START + self._text[:end])
         self._text = self._text[end:]
         self._read = self._content
         return True
 
-    def _say(self, text: str) -> None:
+    def _emit_content(self, text: str) -> None:
         if text:
             self._parts.append(ContentDelta(text))
             self._after_call = False
 
 
 def _begun(text: str, marker: str) -> int:
-    """Return how many characters at a text's end could begin a marker."""
+    """Return the number of characters at the end of a text that may be the start of a marker."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)

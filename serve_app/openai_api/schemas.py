@@ -1,9 +1,9 @@
-"""What replies are: each one declared once, here, built as declared, and documented so in `/openapi.json`.
+"""Declares every reply of the server, for type checking and for `/openapi.json`.
 
-A reply is a `TypedDict`: mypy checks it where it is built, pydantic describes it, and at run time it is a plain dict, which
-crosses a Serve handle and becomes JSON at no further cost; a stream makes one for every token. A key that may be absent is
-`NotRequired`; one that may be null says so. `documented` turns a declaration into arguments of a route. Every error of every
-route is the one envelope.
+A reply is a `TypedDict`: mypy checks it where it is built, and pydantic describes it. At run time it is a plain dict, which
+crosses a Serve handle and is serialized without further cost; a stream creates one per token. A key that may be absent is
+`NotRequired`; the type of a key that may be null includes None. `documented` converts a declaration to a route's arguments.
+All errors have the same envelope.
 """
 
 from typing import Annotated, Any, Literal, NotRequired
@@ -17,19 +17,19 @@ from roentgen.linear_probe import ScoreUnit
 from serve_app.engines.protocol import FinishReason
 
 ERRORS = {
-    400: "The request cannot be carried out; `param` names what is wrong",
+    400: "The request is invalid; `param` names the parameter",
     401: "No valid API key",
     403: "The server's configuration does not allow it",
-    404: "There is no such model, session or route",
-    405: "The route has other methods",
-    408: "Not finished within the server's time limit",
+    404: "The model, session or route does not exist",
+    405: "The route does not support this method",
+    408: "The request exceeded the server's time limit",
     409: "The session is being written",
     413: "The body is too large",
-    429: "The queue is full; `Retry-After` says when to try again",
-    500: "A bug, or a disk that is full",
+    429: "The queue is full; retry after `Retry-After` seconds",
+    500: "Internal error, or the disk is full",
     503: "The model is loading, could not be loaded, or its replica was lost",
 }
-"""Which statuses an error may have."""
+"""The HTTP statuses of errors."""
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -46,7 +46,7 @@ ErrorType = Literal[
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong, in OpenAI's words."""
+    """An error in OpenAI's format."""
 
     message: str
     type: ErrorType
@@ -61,24 +61,24 @@ class ErrorReply(TypedDict):
 
 
 class PromptTokensDetails(TypedDict):
-    """Of the prompts' tokens."""
+    """Details of the prompt tokens."""
 
-    cached_tokens: Annotated[Count, Field(description="Found in the prefix cache, and not read again.")]
+    cached_tokens: Annotated[Count, Field(description="Prompt tokens found in the prefix cache.")]
 
 
 class Usage(TypedDict):
-    """Tokens read and written."""
+    """Token counts."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: Annotated[
-        PromptTokensDetails | None, Field(description="null in a stream's chunks before all choices have ended.")
+        PromptTokensDetails | None, Field(description="null in a stream's chunks until all choices have ended.")
     ]
 
 
 class ChosenRollout(ActivationReply):
-    """The activations of one choice of several."""
+    """The activations of one of several choices."""
 
     choice_index: Count
 
@@ -91,17 +91,17 @@ class RolloutList(TypedDict):
 
 
 Activations = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(ActivationReply))] | RolloutList
-"""Where a request's activations are: an `ActivationReply`, already dumped where it was made, or a list of them."""
+"""A reply's `activations`: an `ActivationReply` as a dict, or a list of them."""
 
 
 class CaptureFields(TypedDict):
-    """The part of a reply that a request for activations adds."""
+    """Fields of a reply to a request with activations."""
 
-    activations: NotRequired[Annotated[Activations, Field(description="Present if asked for.")]]
+    activations: NotRequired[Annotated[Activations, Field(description="Present if requested.")]]
 
 
 class Reply(CaptureFields):
-    """What every generation's reply has, whole or a piece of it."""
+    """Fields of every generation's reply and of its chunks."""
 
     id: str
     created: int
@@ -109,41 +109,41 @@ class Reply(CaptureFields):
 
 
 class UsageFields(TypedDict):
-    """The part of a stream's last chunk that `include_usage` adds."""
+    """Fields of a stream's last chunk with `include_usage`."""
 
     usage: NotRequired[Usage]
 
 
 class ScoredToken(TypedDict):
-    """A token and how likely it was."""
+    """A token and its log-probability."""
 
     token: str
-    logprob: Annotated[float | None, Field(description="null for a marker that the model did not choose.")]
+    logprob: Annotated[float | None, Field(description="null for a forced token, which the model did not sample.")]
     bytes: list[int]
 
 
 class ChosenToken(ScoredToken):
-    """A token of the reply, and what else was likely in its place."""
+    """A token of the reply, and its most likely alternatives."""
 
     top_logprobs: list[ScoredToken]
 
 
 class ChatLogprobs(TypedDict):
-    """How likely a reply's tokens were."""
+    """Log-probabilities of a reply's tokens."""
 
     content: list[ChosenToken]
     refusal: None
 
 
 class FunctionCall(TypedDict):
-    """The function and its arguments, which are JSON unless the reply was cut."""
+    """A function's name and arguments, which are JSON unless the reply was cut off."""
 
     name: str
     arguments: str
 
 
 class MadeToolCall(TypedDict):
-    """A call that the model makes."""
+    """A tool call by the model."""
 
     id: str
     type: Literal["function"]
@@ -151,17 +151,17 @@ class MadeToolCall(TypedDict):
 
 
 class AssistantMessage(TypedDict):
-    """What the model says; `content` is null if it only calls tools."""
+    """The model's message; `content` is null if it only calls tools."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: NotRequired[Annotated[str, Field(description="What it thought before; absent if it did not.")]]
+    reasoning_content: NotRequired[Annotated[str, Field(description="The reasoning; absent if there is none.")]]
     tool_calls: NotRequired[Annotated[list[MadeToolCall], Field(description="Absent if there are none.")]]
 
 
 class ScoreAction(TypedDict):
-    """What a probe's scores have done to a choice, and the token whose score decided it."""
+    """The action of a probe on a choice, and the token whose score caused it."""
 
     then: ProbeEffect
     position: Count
@@ -169,65 +169,63 @@ class ScoreAction(TypedDict):
 
 
 class ProbeScores(TypedDict):
-    """What one probe gives a choice's tokens, from position `start` on; with several outputs, a list per token."""
+    """One probe's scores of a choice's tokens from position `start`; a list per token if the probe has several outputs."""
 
     probe: str
     key: str
     label: str
     classes: list[str]
-    unit: Annotated[
-        ScoreUnit, Field(description="What a score is: log-odds, logits, a value of the label, or a score of no unit.")
-    ]
+    unit: Annotated[ScoreUnit, Field(description="Unit of a score: log-odds, logits, a value of the label, or none.")]
     n_prompt: Annotated[int, Field(ge=1)]
     start: Count
     scores: list[float] | list[list[float]]
-    acted: NotRequired[Annotated[ScoreAction, Field(description="Present if its `stop_when` has come true.")]]
+    acted: NotRequired[Annotated[ScoreAction, Field(description="Present if its `stop_when` condition was met.")]]
 
 
 class ProbeFields(TypedDict):
-    """The part of a choice that a request for probes adds."""
+    """Fields of a choice in a request with probes."""
 
-    probes: NotRequired[Annotated[list[ProbeScores], Field(description="Present if asked for.")]]
+    probes: NotRequired[Annotated[list[ProbeScores], Field(description="Present if requested.")]]
 
 
 class StopFields(TypedDict):
-    """The part of a choice that says what ended it, and which tokens it has; vLLM's, as `prompt_logprobs` is."""
+    """Fields of a choice with its stop reason and token ids; they are vLLM's, like `prompt_logprobs`."""
 
     stop_reason: Annotated[
         int | str | None,
-        Field(description="The stop string or stop token that ended it, if the request named it, or `probe:NAME`."),
+        Field(description="The request's stop string or stop token that ended the choice, or `probe:NAME`."),
     ]
     token_ids: Annotated[
-        list[int] | None, Field(description="With `return_token_ids`, probes or rows: all that were generated.")
+        list[int] | None, Field(description="All generated token ids; with `return_token_ids`, probes or rows.")
     ]
 
 
 class ChunkStopFields(TypedDict):
-    """The same of a chunk: the tokens since the last; `stop_reason` comes with `finish_reason`."""
+    """The same fields of a chunk: its new tokens, and `stop_reason` together with `finish_reason`."""
 
     stop_reason: NotRequired[int | str | None]
     token_ids: NotRequired[list[int]]
 
 
 class PromptToken(TypedDict):
-    """How likely a token was at a position of the prompt, and its place among all tokens there, from 1."""
+    """A token's log-probability at a position of the prompt, and its rank there, from 1."""
 
     logprob: float
     rank: Annotated[int, Field(ge=1)]
     decoded_token: str
 
 
-PromptIds = Annotated[list[int] | None, Field(description="With `return_token_ids`, probes or rows.")]
+PromptIds = Annotated[list[int] | None, Field(description="Present with `return_token_ids`, probes or rows.")]
 PromptLogprobs = Annotated[
     list[dict[str, PromptToken] | None] | None,
-    Field(description="With `prompt_logprobs`: per position, by token id, its own token and the most likely ones."),
+    Field(description="With `prompt_logprobs`: per position, by token id, the token itself and the most likely ones."),
 ]
 
 ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 class ChatChoice(StopFields, ProbeFields):
-    """One of `n` replies."""
+    """One of `n` replies to a conversation."""
 
     index: Count
     message: AssistantMessage
@@ -246,14 +244,14 @@ class ChatCompletion(Reply):
 
 
 class FunctionDelta(TypedDict):
-    """The name of the function, or more of its arguments."""
+    """A function's name, or more of its arguments."""
 
     name: NotRequired[str]
     arguments: str
 
 
 class ToolCallDelta(TypedDict):
-    """A call begins, with its id, or goes on."""
+    """The start of a tool call, with its id, or more of it."""
 
     index: Count
     id: NotRequired[str]
@@ -262,7 +260,7 @@ class ToolCallDelta(TypedDict):
 
 
 class ChatDelta(TypedDict):
-    """What a chunk adds to a message; the last of a choice adds nothing."""
+    """A chunk's addition to a message; empty in a choice's last chunk."""
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
@@ -271,7 +269,7 @@ class ChatDelta(TypedDict):
 
 
 class ChatChunkChoice(ChunkStopFields, ProbeFields):
-    """What a chunk adds to one of `n` replies."""
+    """A chunk's addition to one of `n` replies."""
 
     index: Count
     delta: ChatDelta
@@ -280,15 +278,15 @@ class ChatChunkChoice(ChunkStopFields, ProbeFields):
 
 
 class ChatCompletionChunk(UsageFields, Reply):
-    """A piece of a streamed reply to a conversation."""
+    """A chunk of a streamed reply to a conversation."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
-    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In the first chunk, if asked for.")]]
+    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In the first chunk, if requested.")]]
 
 
 class CompletionLogprobs(TypedDict):
-    """How likely a text's tokens were; the first token of an echoed prompt has no score."""
+    """Log-probabilities of a text's tokens; the first token of an echoed prompt has none."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -297,7 +295,7 @@ class CompletionLogprobs(TypedDict):
 
 
 class CompletionChoice(StopFields, ProbeFields):
-    """One of `n` continuations of a prompt."""
+    """One of `n` completions of a prompt."""
 
     index: Count
     text: str
@@ -308,7 +306,7 @@ class CompletionChoice(StopFields, ProbeFields):
 
 
 class Completion(Reply):
-    """Continuations of raw prompts."""
+    """A reply with completions of raw prompts."""
 
     object: Literal["text_completion"]
     choices: Annotated[list[CompletionChoice], Field(min_length=1)]
@@ -316,36 +314,34 @@ class Completion(Reply):
 
 
 class CompletionChunkChoice(ChunkStopFields, ProbeFields):
-    """What a chunk adds to one of `n` continuations."""
+    """A chunk's addition to one of `n` completions."""
 
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In a choice's first chunk, if asked for.")]]
+    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In a choice's first chunk, if requested.")]]
 
 
 class CompletionChunk(UsageFields, Reply):
-    """A piece of streamed continuations."""
+    """A chunk of streamed completions."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]
 
 
 class PrefixCacheState(TypedDict):
-    """Whether prompts are read only from where they differ from earlier ones."""
+    """Whether the prefix cache is on."""
 
     enabled: bool
-    reason: Annotated[str | None, Field(description="Why not; null where it is on.")]
+    reason: Annotated[str | None, Field(description="Why it is off; null if it is on.")]
 
 
 class ModelCard(TypedDict):
     """The served model."""
 
     id: str
-    root: Annotated[
-        str, Field(description="Where it was loaded from: a folder, a hub id, or the embedded model's name.")
-    ]
+    root: Annotated[str, Field(description="Location of the model: a folder, a hub id, or the embedded model's name.")]
     object: Literal["model"]
     created: int
     owned_by: str
@@ -354,7 +350,7 @@ class ModelCard(TypedDict):
     quantization: Annotated[
         str | None,
         Field(
-            description="How its weights are quantized: int8 by `quantize`, or as its config.json says; null if they are not."
+            description="Quantization of the weights: int8 by `quantize`, or the one in its config.json; null if none."
         ),
     ]
     device: str
@@ -363,20 +359,20 @@ class ModelCard(TypedDict):
     prefix_cache: PrefixCacheState
     num_layers: Annotated[int, Field(ge=1)]
     d_model: Annotated[int, Field(ge=1)]
-    context_length: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit: memory does.")]
-    max_model_len: Annotated[int | None, Field(ge=1, description="The same, by vLLM's name.")]
-    checks: Annotated[dict[str, Any], Field(description="What was found when it was loaded: batching, attention.")]
+    context_length: Annotated[int | None, Field(ge=1, description="Null if only memory limits it.")]
+    max_model_len: Annotated[int | None, Field(ge=1, description="The same, under vLLM's name.")]
+    checks: Annotated[dict[str, Any], Field(description="Results of the checks at load time: batching, attention.")]
 
 
 class ModelList(TypedDict):
-    """The served models: one."""
+    """The list of the one served model."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class Health(TypedDict):
-    """Whether the model answers, or what stage its start is in."""
+    """Whether the model is ready, or the stage of its start."""
 
     status: Literal["ok", "loading", "failed"]
     stage: str
@@ -389,16 +385,16 @@ class Version(TypedDict):
 
 
 class Tokens(TypedDict):
-    """A text's tokens."""
+    """The tokens of a text."""
 
     tokens: list[int]
     count: Count
     max_model_len: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit.")]
-    token_strs: Annotated[list[str] | None, Field(description="Null if not asked for.")]
+    token_strs: Annotated[list[str] | None, Field(description="Null if not requested.")]
 
 
 class TokenizerInfo(TypedDict):
-    """The model's tokenizer, for clients that render and tokenize as the server does."""
+    """The model's tokenizer, for clients that render and tokenize like the server."""
 
     tokenizer_class: str
     model_max_length: Annotated[int | None, Field(description="Null if the tokenizer sets no limit.")]
@@ -408,7 +404,7 @@ class TokenizerInfo(TypedDict):
     pad_token: str | None
     unk_token: str | None
     additional_special_tokens: list[str]
-    added_tokens_decoder: Annotated[dict[str, str], Field(description="Tokens beside the vocabulary, by their ids.")]
+    added_tokens_decoder: Annotated[dict[str, str], Field(description="Added tokens, by token id.")]
     chat_template: str | None
 
 
@@ -419,7 +415,7 @@ class DetokenizedText(TypedDict):
 
 
 class SessionEntry(TypedDict):
-    """What a session of the activation store holds; `damage` says why it cannot be read, if so."""
+    """The summary of a session; `damage` says why it cannot be read, if so."""
 
     session_id: str
     uri: str
@@ -440,7 +436,7 @@ class SessionList(TypedDict):
 
 
 class RolloutEntry(TypedDict):
-    """A stored rollout: its key, where its rows are, and its labels."""
+    """A stored rollout: its key, the location of its rows, and its labels."""
 
     rollout_id: str
     problem_id: str | None
@@ -460,13 +456,13 @@ class SessionPage(SessionEntry):
 
 
 class RunRecord(TypedDict):
-    """A run: what requests to its addresses have in common."""
+    """A run: settings that requests to its addresses share."""
 
     id: str
     object: Literal["run"]
     created: int
-    path: Annotated[str, Field(description="Of its addresses: `{problem}` and `{epoch}` stand for the client's.")]
-    settings: Annotated[dict[str, Any], Field(description="What was given, and the defaults of what was not.")]
+    path: Annotated[str, Field(description="Path of its addresses; the client replaces `{problem}` and `{epoch}`.")]
+    settings: Annotated[dict[str, Any], Field(description="The settings, including defaults.")]
 
 
 class RunList(TypedDict):
@@ -477,13 +473,13 @@ class RunList(TypedDict):
 
 
 class AddedLabels(TypedDict):
-    """What adding labels to a session's rollouts has done."""
+    """The result of adding labels to a session's rollouts."""
 
     object: Literal["activations.labels"]
     session_id: str
-    changed: Annotated[Count, Field(description="Rollouts that have a label now that they had not.")]
-    same: Annotated[Count, Field(description="Rollouts that had them all.")]
-    unknown: Annotated[list[str], Field(description="Ids of no rollout of the session.")]
+    changed: Annotated[Count, Field(description="Number of rollouts with a new or changed label.")]
+    same: Annotated[Count, Field(description="Number of rollouts that already had all labels.")]
+    unknown: Annotated[list[str], Field(description="Ids that are not rollouts of the session.")]
 
 
 class SessionFile(TypedDict):
@@ -494,14 +490,14 @@ class SessionFile(TypedDict):
 
 
 class SessionFiles(TypedDict):
-    """The committed files of a session: those that others name come before those that name them."""
+    """The committed files of a session, ordered so that referenced files precede the files that reference them."""
 
     object: Literal["list"]
     data: list[SessionFile]
 
 
 class DeletedSession(TypedDict):
-    """A session that is gone."""
+    """A deleted session."""
 
     id: str
     object: Literal["activations.session"]
@@ -513,22 +509,22 @@ COMPONENT = "#/components/schemas/{model}"
 
 HEALTH: dict[str, Any] = {
     "responses": {
-        200: {"model": Health, "description": "The model answers"},
-        503: {"model": Health, "description": "It does not yet, or it could not be loaded"},
+        200: {"model": Health, "description": "The model is ready"},
+        503: {"model": Health, "description": "The model is loading, or could not be loaded"},
     }
 }
-"""The arguments of the one route without errors."""
+"""Arguments of `/health`, the only route without the error envelope."""
 
 
 def documented(reply: Any, *, chunk: type | None = None, events: tuple[type, ...] = ()) -> dict[str, Any]:
-    """Return a route's arguments that document its replies and its errors.
+    """Return a route's arguments that document its replies and errors.
 
     Args:
-        reply: what a 200 carries.
-        chunk: what an event carries, if the reply may come as server-sent events instead, or else an error.
-        events: what one carries that is named by its `type`.
+        reply: type of the reply.
+        chunk: type of a chunk, if the reply may be streamed as server-sent events.
+        events: types of events that are named by their `type`.
     """
-    good: dict[str, Any] = {"model": reply, "description": "As asked"}
+    good: dict[str, Any] = {"model": reply, "description": "Successful reply"}
     if chunk is not None:
         data = {"anyOf": [_json_of(chunk, ErrorReply), {"const": "[DONE]"}]}
         good["content"] = _event("the last event's data is `[DONE]`", data=data)
@@ -538,24 +534,24 @@ def documented(reply: Any, *, chunk: type | None = None, events: tuple[type, ...
 
 
 def _json_of(*kinds: type) -> dict[str, Any]:
-    """Describe a text that is JSON of one of some kinds."""
+    """Return the schema of a text that contains JSON of one of the types."""
     either = [{"$ref": COMPONENT.format(model=kind.__name__)} for kind in kinds]
     return {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": either}}
 
 
 def _event(about: str, **fields: dict[str, Any]) -> dict[str, Any]:
-    """Describe a reply as a stream, by an event's fields."""
+    """Return the schema of a stream, by the fields of an event."""
     described = f"With `stream: true`, an event; {about}."
     event = {"type": "object", "properties": fields, "required": [*fields], "description": described}
     return {"text/event-stream": {"schema": event}}
 
 
 def complete_document(api: FastAPI, *chunks: type) -> None:
-    """Add to an application's document what FastAPI leaves out: that objects have no other keys, and what streams carry.
+    """Add what FastAPI omits to an application's OpenAPI document: closed objects, and the types of chunks.
 
     Args:
-        api: the application, with all its routes.
-        chunks: what the events of streams carry.
+        api: the application with all routes.
+        chunks: types of the chunks and events of streams.
     """
     _, found = TypeAdapter.json_schemas(
         [(chunk.__name__, "serialization", TypeAdapter(chunk)) for chunk in chunks], ref_template=COMPONENT
@@ -568,11 +564,11 @@ def complete_document(api: FastAPI, *chunks: type) -> None:
 
 
 def raw(media_type: str, **form: str) -> dict[str, Any]:
-    """Return the arguments of a route that sends text, or what else `form` says."""
+    """Return the arguments of a route that sends text; `form` adds to its schema."""
     content = {media_type: {"schema": {"type": "string", **form}}}
     return {
         "response_class": Response,
-        "responses": {200: {"content": content, "description": "As asked"}, **_errors()},
+        "responses": {200: {"content": content, "description": "Successful reply"}, **_errors()},
     }
 
 

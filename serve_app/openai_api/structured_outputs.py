@@ -1,7 +1,7 @@
-"""`structured_outputs`: a schema, a regular expression, a list of choices or a grammar that a text has to follow.
+"""`structured_outputs`: a schema, a regular expression, a list of choices or a grammar that constrains the generated text.
 
-It is vLLM's parameter, and one declaration here: each kind becomes a rule `answer` of a grammar that llguidance follows, on
-either engine. Grammars are llguidance's dialect of Lark, or GBNF (`root ::= …`), which is translated to it.
+This is vLLM's parameter. Each kind becomes a rule `answer` of a grammar, which llguidance enforces on both engines. Grammars
+are in llguidance's dialect of Lark, or in GBNF (`root ::= …`), which is translated to it.
 """
 
 import json
@@ -22,16 +22,16 @@ KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar", "json_object")
 
 
 class StructuredOutputs(Wire):
-    """Exactly one of five."""
+    """A constraint on the generated text; exactly one field is set."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
-    """A JSON schema, or its text; on the wire `json`."""
+    """A JSON schema, as an object or as text; `json` on the wire."""
     regex: str | None = None
-    """A regular expression that the whole text matches."""
+    """A regular expression that the whole text must match."""
     choice: list[str] | None = Field(default=None, min_length=1, max_length=1024)
-    """Texts, of which it is one."""
+    """Texts, one of which is generated."""
     grammar: str | None = None
-    """Lark or GBNF."""
+    """A grammar in Lark or GBNF."""
     json_object: Literal[True] | None = None
     """Any JSON object."""
 
@@ -39,33 +39,33 @@ class StructuredOutputs(Wire):
     def _exactly_one(self) -> Self:
         given = [kind for kind in KINDS if self._value(kind) is not None]
         if len(given) != 1:
-            found = f"there are {', '.join(given)}" if given else "there is none"
-            raise ValueError(f"exactly one of {', '.join(KINDS)} is needed; {found}")
+            found = f"found {', '.join(given)}" if given else "found none"
+            raise ValueError(f"exactly one of {', '.join(KINDS)} is required; {found}")
         if isinstance(self.json_, str):
             try:
                 schema = json.loads(self.json_)
             except json.JSONDecodeError as error:
-                raise ValueError(f"json: it is no JSON: {error}") from error
+                raise ValueError(f"json: not valid JSON: {error}") from error
             if not isinstance(schema, dict):
-                raise ValueError("json: a schema is an object")
+                raise ValueError("json: a schema must be a JSON object")
         if self.choice is not None and not all(self.choice):
-            raise ValueError("choice: an empty text cannot be chosen")
+            raise ValueError("choice: empty texts are not allowed")
         return self
 
     @property
     def kind(self) -> Kind:
-        """Which of the five it is."""
+        """The name of the field that is set."""
         return next(kind for kind in KINDS if self._value(kind) is not None)
 
     def to_grammar(self, param: str, *, reasoning: Reasoning = "none") -> Grammar:
-        """Return the grammar to follow.
+        """Return the constraint as a grammar.
 
         Args:
-            param: where the request has it, for errors.
+            param: the request's parameter, for errors.
             reasoning: how the text begins.
 
         Raises:
-            ApiError: if a grammar in GBNF is none.
+            ApiError: if a grammar in GBNF is not valid.
         """
         if self.json_ is not None:
             schema = json.loads(self.json_) if isinstance(self.json_, str) else self.json_
@@ -85,17 +85,17 @@ class StructuredOutputs(Wire):
 
 
 def _regex_literal(pattern: str) -> str:
-    r"""Write a regular expression as Lark has it between slashes; it always matches the whole, so `^` and `$` go."""
+    r"""Convert a regular expression to a Lark literal; it always matches the whole text, so `^` and `$` are removed."""
     pattern = re.sub(r"^((?:[^\\]|\\.)*)\$$", r"\1", pattern.removeprefix("^"), flags=re.DOTALL)
-    spelled = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
-    return re.sub(r"\\.|/|\n", lambda found: spelled.get(found[0], found[0]), pattern, flags=re.DOTALL)
+    escapes = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    return re.sub(r"\\.|/|\n", lambda found: escapes.get(found[0], found[0]), pattern, flags=re.DOTALL)
 
 
 def _lark(grammar: str, param: str) -> str:
     """Return a grammar in Lark; GBNF is translated.
 
     Raises:
-        ApiError: if that is not possible.
+        ApiError: if the translation fails.
     """
     if "::=" not in grammar:
         return grammar

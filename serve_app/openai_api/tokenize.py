@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, spelled as vLLM spells them: how many tokens a text or a conversation takes, and which."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`, in vLLM's format."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
@@ -17,69 +17,69 @@ from serve_app.openai_api.schemas import DetokenizedText, TokenizerInfo, Tokens
 
 
 class TokenizeRequest(Wire):
-    """Exactly one of `prompt` and `messages`."""
+    """The body of `/tokenize`, with exactly one of `prompt` and `messages`."""
 
     model: str | None = None
-    """The served model; lm-eval's remote tokenizer names none."""
+    """The served model; lm-eval's remote tokenizer does not send it."""
     prompt: str | None = None
     """Raw text."""
     messages: list[Message] | None = Field(default=None, min_length=1)
     """A conversation, rendered as for a chat completion."""
     tools: list[Tool] = Field(default_factory=list)
-    """On offer in it."""
+    """Tools of the conversation."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """For the template."""
+    """Variables for the chat template."""
     add_generation_prompt: bool = True
-    """Whether a conversation ends with the words that begin a reply."""
+    """Whether a conversation ends with the start of a reply."""
     continue_final_message: bool = False
-    """Whether its last message is left open."""
+    """Whether the last message is left open."""
     add_special_tokens: bool | None = None
-    """Whether the tokenizer adds what begins, or ends, a text; by default to raw text, and not to what a template made."""
+    """Whether the tokenizer adds its special tokens. Default: for raw text, but not for a rendered conversation."""
     return_token_strs: bool = False
     """Whether to return each token's text."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: send either prompt or messages")
+            raise ValueError("prompt: send exactly one of prompt and messages")
         if (
             self.continue_final_message
             and self.add_generation_prompt
             and "add_generation_prompt" in self.model_fields_set
         ):
-            raise ValueError("continue_final_message: a message that is left open needs add_generation_prompt: false")
+            raise ValueError("continue_final_message: requires add_generation_prompt: false")
         return self
 
 
 class DetokenizeRequest(Wire):
-    """Tokens to turn into text."""
+    """The body of `/detokenize`."""
 
     model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans)]
 
 
 def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> None:
-    """Check that a model knows some tokens.
+    """Check that token ids are in a model's range.
 
     Args:
-        token_ids: the tokens.
-        n_tokens: how many there are; None for no limit.
-        param: the request's parameter that they come from.
+        token_ids: the token ids.
+        n_tokens: size of the range; None for no limit.
+        param: the request's parameter that contains them.
 
     Raises:
-        ApiError: naming those that it does not know.
+        ApiError: naming the ids that are out of range.
     """
     if n_tokens is None:
         return
     if wrong := list(dict.fromkeys(token for token in token_ids if not 0 <= token < n_tokens)):
-        said = f"{enumerated(map(str, wrong))} {'is' if len(wrong) == 1 else 'are'} out of vocabulary"
-        raise ApiError(400, f"{param}: {said}; the model has {n_tokens} tokens, 0–{n_tokens - 1}", param=param)
+        found = f"{enumerated(map(str, wrong))} {'is' if len(wrong) == 1 else 'are'} out of vocabulary"
+        raise ApiError(400, f"{param}: {found}; the model has {n_tokens} tokens, 0–{n_tokens - 1}", param=param)
 
 
 def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return the sequences of tokens that words are, at the beginning of a text and, where it is as long, in the middle.
+    """Return the token sequences of words at the start of a text and, if it has the same length, in the middle.
 
-    That is vLLM's rule. A word may still be spelled by other tokens than the tokenizer's own.
+    This is vLLM's rule. Other token sequences may still produce the same word.
 
     Raises:
         ApiError: if a word has no tokens.
@@ -96,7 +96,7 @@ def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) ->
 
 
 def tokenizer_info(model: ServedModel) -> TokenizerInfo:
-    """Return what a client needs to render and tokenize as this server does; lm-eval's remote tokenizer asks for it."""
+    """Return what a client needs to render and tokenize like this server; lm-eval's remote tokenizer requests it."""
     tokenizer, limit = model.tokenizer, model.tokenizer.model_max_length
     added = tokenizer.added_tokens_decoder
     return {
@@ -142,8 +142,8 @@ def detokenize(model: ServedModel, request: DetokenizeRequest) -> DetokenizedTex
     """Return `{prompt}`.
 
     Raises:
-        ApiError: if a token is none of the model's.
+        ApiError: if a token id is out of range.
     """
-    # Embeddings are often padded beyond the tokenizer's tokens; what such a row stands for is no text.
+    # Embeddings are often padded beyond the tokenizer's vocabulary; such a token id has no text.
     check_tokens(request.tokens, max(len(model.tokenizer), model.n_embeddings), "tokens")
     return {"prompt": model.tokenizer.decode(request.tokens)}

@@ -1,10 +1,10 @@
-"""How a model is told of tools, and how calls and their results are written: the Hermes form, as text.
+"""Describes tools to a model, and writes calls and results in the Hermes format, as text.
 
-A call is `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call>`, each on a line of its own. Many templates
-(Qwen's, Hermes') write exactly this, and then they are given the tools. Every other template, whether it knows no tools or
-calls them in another way, is given the same protocol in plain words (docs/tools.md): a system message describes the tools,
-calls are text of the assistant, results are a user's message. So every model is prompted, constrained (`grammars`) and
-read (`reply_parser`) in one form.
+A call consists of `<tool_call>`, a JSON object with `name` and `arguments`, and `</tool_call>`, each on its own line. Many
+templates (Qwen's, Hermes') write exactly this; they are given the tools. Every other template, which has no tools or another
+format for calls, is given the same protocol in plain text (docs/tools.md): a system message describes the tools, calls are the
+assistant's text, and results are a user message. So every model is prompted, constrained (`grammars`) and parsed
+(`reply_parser`) in one format.
 """
 
 import json
@@ -25,24 +25,24 @@ To answer without calling a function, just write the answer."""
 
 @dataclass(frozen=True)
 class TemplateTurn:
-    """What one role says at a time, as a chat template takes it."""
+    """One turn of a role, in the format of chat templates."""
 
     role: str
-    """Who speaks."""
+    """The speaker's role."""
     messages: list[dict[str, Any]]
-    """The template's messages; several only where several tools answer."""
+    """The messages for the template; several only if several tools answer."""
     words: str
-    """The last words of it that the template is to render, as far as they are known."""
+    """The end of the turn's rendered text, as far as it is known."""
 
 
 def native_turns(
     messages: Sequence[Message], in_parts: Callable[[str], bool] = lambda role: False
 ) -> list[TemplateTurn]:
-    """Write a conversation for a template that knows tools; results come in the order of their calls.
+    """Convert a conversation for a template with tools; results are in the order of their calls.
 
     Args:
         messages: the conversation, which has passed `check_tool_results`.
-        in_parts: whether the template takes a role's content in parts; it is asked where there are several.
+        in_parts: returns whether the template supports content in parts for a role.
     """
     turns: list[TemplateTurn] = []
     names: dict[str, str] = {}
@@ -52,26 +52,26 @@ def native_turns(
             result = {"role": "tool", "content": message.content, "tool_call_id": call, "name": names[call]}
             if turns and turns[-1].role == "tool":
                 turns[-1].messages.append(result)
-                # The model sees no ids: it knows by the order which result is which call's.
+                # The model sees no ids, so the order relates results to calls.
                 turns[-1].messages.sort(key=lambda sent: list(names).index(sent["tool_call_id"]))
             else:
                 turns.append(TemplateTurn("tool", [result], message.content))
             continue
         role = "system" if message.role == "developer" else message.role
         words = message.content
-        said: dict[str, Any] = {"role": role, "content": message.content}
+        entry: dict[str, Any] = {"role": role, "content": message.content}
         if len(message.parts) > 1 and in_parts(role):
-            said["content"] = [{"type": "text", "text": text} for text in message.parts]
+            entry["content"] = [{"type": "text", "text": text} for text in message.parts]
             words = message.parts[-1]
         if message.name is not None:
-            said["name"] = message.name
+            entry["name"] = message.name
         if message.reasoning_content is not None:
-            said["reasoning_content"] = message.reasoning_content
+            entry["reasoning_content"] = message.reasoning_content
         words = words.strip()
         names = {call.id: call.function.name for call in message.tool_calls}
         if message.tool_calls:
             words = CALL_END
-            said["tool_calls"] = [
+            entry["tool_calls"] = [
                 {
                     "id": call.id,
                     "type": "function",
@@ -79,45 +79,45 @@ def native_turns(
                 }
                 for call in message.tool_calls
             ]
-        turns.append(TemplateTurn(role, [said], words))
+        turns.append(TemplateTurn(role, [entry], words))
     return turns
 
 
 def plain_turns(messages: Sequence[Message], tools: Sequence[Tool], *, has_system: bool) -> list[TemplateTurn]:
-    """Write a conversation for a template that knows only system, user and assistant, who may have to take turns.
+    """Convert a conversation for a template that has only the roles system, user and assistant, possibly alternating.
 
     Args:
         messages: the conversation.
-        tools: what the model may call.
-        has_system: whether the template takes a system message; the tools are described to the first user otherwise.
+        tools: tools that the model may call.
+        has_system: whether the template has system messages; if not, the first user message describes the tools.
     """
     calls = iter([message for message in messages if message.tool_calls])
     turns: list[TemplateTurn] = []
     for turn in native_turns(messages):
-        said = dict(turn.messages[0])
+        entry = dict(turn.messages[0])
         if turn.role == "tool":
-            said = {"role": "user", "content": "\n".join(_result(sent["content"]) for sent in turn.messages)}
+            entry = {"role": "user", "content": "\n".join(_result(sent["content"]) for sent in turn.messages)}
         elif turn.role == "user" and turns and turns[-1].role == "tool":
-            said["content"] = f"{turns.pop().messages[0]['content']}\n{said['content']}"
-        elif said.pop("tool_calls", None):
+            entry["content"] = f"{turns.pop().messages[0]['content']}\n{entry['content']}"
+        elif entry.pop("tool_calls", None):
             blocks = [_call(call.function.name, call.function.arguments) for call in next(calls).tool_calls]
-            said["content"] = "\n".join([said["content"], *blocks] if said["content"] else blocks)
-        turns.append(TemplateTurn(turn.role, [said], turn.words))
+            entry["content"] = "\n".join([entry["content"], *blocks] if entry["content"] else blocks)
+        turns.append(TemplateTurn(turn.role, [entry], turn.words))
     if tools:
         _describe(turns, tools, "system" if has_system else "user")
     return turns
 
 
 def offered(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Write tools as chat templates take them."""
+    """Return tools in the format of chat templates."""
     return [{"type": "function", "function": _signature(tool)} for tool in tools]
 
 
 def takes_tools(template: Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]) -> bool:
-    """Find out whether a chat template shows tools and writes calls in the Hermes form, by trying it on a call.
+    """Return whether a chat template shows tools and writes calls in the Hermes format, by rendering a call.
 
     Args:
-        template: renders messages with tools; its exceptions say that it cannot.
+        template: renders messages with tools; it raises an exception if it cannot.
     """
     call = {"id": "call00000", "type": "function", "function": {"name": "weigh", "arguments": {"item": "feather"}}}
     tried = template(
@@ -133,16 +133,16 @@ def takes_tools(template: Callable[[list[dict[str, Any]], list[dict[str, Any]]],
 
 
 def _describe(turns: list[TemplateTurn], tools: Sequence[Tool], role: str) -> None:
-    """Put the tools' description after the system message's words, or before the first user's."""
+    """Add the tools' description to the end of the system message, or to the start of the first user message."""
     listed = "\n".join(json.dumps(_signature(tool), ensure_ascii=False) for tool in tools)
     description = f"You may call these functions:\n{listed}\n\n{HOW_TO_CALL}"
     place = next((i for i, turn in enumerate(turns) if turn.messages[0]["role"] == role), None)
     if place is None or (role == "system" and place > 0):
         turns.insert(0, TemplateTurn(role, [{"role": role, "content": description}], description))
         return
-    said = turns[place].messages[0]
-    pieces = [said["content"], description] if role == "system" else [description, said["content"]]
-    said["content"] = "\n\n".join(piece for piece in pieces if piece)
+    entry = turns[place].messages[0]
+    pieces = [entry["content"], description] if role == "system" else [description, entry["content"]]
+    entry["content"] = "\n\n".join(piece for piece in pieces if piece)
 
 
 def _signature(tool: Tool) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _signature(tool: Tool) -> dict[str, Any]:
 
 
 def _call(name: str, arguments: str) -> str:
-    # Verbatim, so that the prompt goes on from what the model wrote the turn before.
+    # Verbatim, so that the prompt continues what the model wrote in the previous turn.
     return f'{CALL_START}\n{{"name": {json.dumps(name)}, "arguments": {arguments.strip() or "{}"}}}\n{CALL_END}'
 
 
@@ -161,7 +161,7 @@ def _result(content: str) -> str:
 
 
 def _loaded(arguments: str) -> Any:
-    """Return arguments as templates expect them, a dictionary; as they are if they were cut."""
+    """Return arguments as a dictionary, which templates expect; unchanged if they were cut off."""
     try:
         value = json.loads(arguments or "{}")
     except json.JSONDecodeError:

@@ -1,7 +1,7 @@
-"""Parameters of a request that are vLLM's and not OpenAI's, spelled as vLLM spells them.
+"""Request parameters of vLLM that OpenAI's API does not have, with vLLM's names.
 
-Suites, load generators and tools for interpretability send these to any OpenAI-compatible server. Those that vLLM has and this
-server has not are refused by name, as every unknown parameter is.
+Test suites, load generators and interpretability tools send these to any OpenAI-compatible server. Parameters of vLLM that
+this server does not support are refused by name, like every unknown parameter.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -14,17 +14,17 @@ from serve_app.openai_api.structured_outputs import StructuredOutputs
 
 MAX_TOP_LOGPROBS = 20
 MAX_NAMED = 128
-"""Tokens whose scores a request may name, as in vLLM."""
+"""Maximum number of `logprob_token_ids`, as in vLLM."""
 MAX_BAD_WORDS = 128
 
 Token = Annotated[int, Field(ge=0)]
 
 OLDER = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
-"""The older spellings of a constraint, and which of `structured_outputs` each is."""
+"""Older parameters for constraints, and the field of `structured_outputs` that each corresponds to."""
 
 
 class VllmParams(Wire):
-    """How to choose tokens, what of the prompt to take, and what to tell, beyond OpenAI's parameters."""
+    """vLLM's parameters for sampling, prompt truncation and the content of replies."""
 
     min_p: Float = Field(default=0, ge=0, le=1)
     ignore_eos: bool = False
@@ -48,20 +48,18 @@ class VllmParams(Wire):
     def _one_constraint(self) -> Self:
         older = {name: value for name in OLDER if (value := getattr(self, name)) is not None}
         if self.structured_outputs is not None and older:
-            raise ValueError(
-                f"{min(older)}: it and structured_outputs are two spellings of one thing; send one of them"
-            )
+            raise ValueError(f"{min(older)}: structured_outputs is another name for it; send only one of them")
         if len(older) > 1:
-            raise ValueError(f"{max(older)}: a text follows one of {', '.join(sorted(older))}; send one of them")
+            raise ValueError(f"{max(older)}: send only one of {', '.join(sorted(older))}")
         if self.ignore_eos and (self.structured_outputs or older):
-            raise ValueError("ignore_eos: a text that follows a grammar ends where the grammar ends")
+            raise ValueError("ignore_eos: not allowed with a grammar, which determines where the text ends")
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens: 0 leaves no prompt; -1 keeps as many tokens as fit")
         return self
 
     @property
     def structured(self) -> tuple[str, StructuredOutputs] | None:
-        """What the text has to follow, and the name of the parameter that says so; None for nothing."""
+        """The constraint, and the name of its parameter; None for free text."""
         if self.structured_outputs is not None:
             return f"structured_outputs.{self.structured_outputs.kind}", self.structured_outputs
         for name, kind in OLDER.items():

@@ -1,1 +1,1 @@
-"""A process that holds one model: the replica, the slot its model is in, and the fleet of replicas as the ingress sees it."""
+"""Model replicas: the replica's process, the slot that holds its model, and the ingress's view of all replicas."""

@@ -1,11 +1,18 @@
-"""The model's replicas, as the ingress deals with them as a whole: how they are, and which model they all serve.
+"""The replicas as the ingress sees them: their common status, and the swap to another model.
 
-How they are is asked often, by `/health` and before every generation, and a replica that computes may take a while to say. So
-an answer is good for a second, one question at a time is on its way, and nobody waits for it longer than a moment.
+The status is needed often, by `/health` and before every generation, and a busy replica may take a while to report it. So a
+status is reused for a second, only one status call is in flight at a time, and no request waits for it longer than
+`PATIENCE_S`.
 
-Swapping the model is Serve's own reconfiguration: the application is deployed again with another `user_config` and everything
-else unchanged, so Serve restarts nothing and calls every replica's `reconfigure`, also that of a replica it starts later. A
-replica answers that at once and swaps on a thread; here it is waited for that all have. If one cannot, all go back.
+A swap is a reconfiguration by Serve:
+
+    POST /v1/models/load -> Replicas.swap -> app._redeploy        the same application, only another `user_config`
+                                          -> Serve                restarts nothing; calls `reconfigure` on every replica
+                                          -> ModelReplica.reconfigure -> ModelSlot.choose    returns at once, loads on a thread
+                         <- Replicas._deploy                      polls `status` until all replicas have the model
+
+Serve also calls `reconfigure` on replicas that it starts later. There are two rollbacks. A slot whose load fails loads its
+former model again, so that the replica keeps working. If any replica fails, `swap` deploys the former choice to all of them.
 """
 
 import asyncio
@@ -32,7 +39,7 @@ STATUS_TIMEOUT_S = 5.0
 GOOD_FOR_S = 1.0
 GOOD_WHILE_LOADING_S = 0.1
 """Seconds for which a status is reused while a model loads. It is short, so that clients learn at once when the model is ready;
-a replica that loads has no other requests to answer."""
+a loading replica has no other requests to answer."""
 PATIENCE_S = 0.1
 LOAD_TIMEOUT_S = 3600.0
 """A load may download a model."""
@@ -49,12 +56,12 @@ class Replicas:
     def __init__(
         self, model: "DeploymentHandle", config: ServerConfig, redeploy: Callable[[ModelChoice], None]
     ) -> None:
-        """Know the replicas.
+        """Create the view of a deployment's replicas.
 
         Args:
-            model: the deployment.
+            model: handle of the deployment.
             config: the server's configuration.
-            redeploy: deploys the application with another choice of model; blocks until Serve has told every replica.
+            redeploy: deploys the application with another choice of model; blocks until every replica is reconfigured.
         """
         self._model = model
         self._config = config
@@ -62,33 +69,33 @@ class Replicas:
         self._choice = config.choice
         self._swapping = asyncio.Lock()
         self._known, self._known_at = NO_ANSWER, -GOOD_FOR_S
-        self._asking: asyncio.Task[Status] | None = None
+        self._pending: asyncio.Task[Status] | None = None
 
     async def statuses(self) -> list[Status]:
-        """Ask every replica that runs; none if one of them takes too long."""
+        """Return the status of every running replica; an empty list if one of them does not answer in time."""
         try:
             return await self._ask()
         except TimeoutError:
             return []
 
     async def _ask(self) -> list[Status]:
-        """Ask every replica that runs; one that is just being lost does not answer.
+        """Return the status of every running replica, without those that are just being lost.
 
         Raises:
-            TimeoutError: if another does not either.
+            TimeoutError: if a running replica does not answer in time.
         """
-        # Serve and Ray cancel what a request has asked for when its client leaves, and find it by the context. This answer is
-        # kept for other requests, so it is asked for outside of any request.
+        # When a client disconnects, Serve and Ray cancel the calls made in its request's context. This status is shared with
+        # other requests, so the call is made in an empty context.
         answers = await asyncio.shield(asyncio.create_task(self._answers(), context=Context()))
         if answers is None:
             raise TimeoutError
         return [answer for answer in answers if isinstance(answer, dict)]
 
     async def _answers(self) -> list[Any] | None:
-        """Return what the replicas say, or their failures; None if one takes too long."""
+        """Return the replicas' statuses or exceptions; None if one does not answer in time."""
         try:
-            asked = self._model.broadcast("status")
-            answers: list[Any] = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+            calls = self._model.broadcast("status")
+            answers: list[Any] = await calls.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
         except TimeoutError:
             return None
         except Exception as error:
@@ -98,7 +105,7 @@ class Replicas:
         return answers
 
     async def status(self) -> Status:
-        """Ask how the deployment is: as the replica that is furthest."""
+        """Ask for the deployment's status: that of the replica that is furthest in loading."""
         try:
             statuses = await self._ask()
         except TimeoutError:
@@ -110,25 +117,25 @@ class Replicas:
         return found
 
     async def known(self) -> Status:
-        """Say how the deployment is or has just been, at once or nearly so."""
+        """Return a recent status of the deployment within `PATIENCE_S`."""
         good_for_s = GOOD_FOR_S if self._known["status"] == "ok" else GOOD_WHILE_LOADING_S
         if self._swapping.locked() or time.monotonic() - self._known_at > good_for_s:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self.status())
-            await asyncio.wait({self._asking}, timeout=PATIENCE_S)
+            if self._pending is None or self._pending.done():
+                self._pending = asyncio.create_task(self.status())
+            await asyncio.wait({self._pending}, timeout=PATIENCE_S)
         return self._known
 
     @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Spell what goes wrong between here and a replica for a client.
+    def api_errors(self) -> Iterator[None]:
+        """Convert Ray's errors of a call to a replica into API errors.
 
-        It has to be done where a replica is asked: Serve puts handlers of its own for these errors into the application, which
-        answer in plain text.
+        This wraps each call, because Serve adds its own handlers for these errors to the application, which answer in plain
+        text.
 
         Raises:
-            ApiError: 429 if too many requests wait for the replicas, 503 if one has been lost or there is none, 500 if the
-                replica's code has failed: that one answers, and would fail again.
-            CancelledError: if the client has left.
+            ApiError: 429 if too many requests wait for the replicas; 503 if the replica was lost or there is none; 500 if the
+                replica's code raised an error, which a retry would raise again.
+            CancelledError: if the client has disconnected.
         """
         try:
             yield
@@ -141,17 +148,17 @@ class Replicas:
                 case "cancelled":
                     raise asyncio.CancelledError from error
                 case "absent" | "lost":
-                    log.error("a replica failed: %s", error)
+                    log.error("a replica was lost: %s", error)
                     self._known_at = -GOOD_FOR_S
                     raise ApiError(
                         503, "the model's replica was lost; try again", retry_after_s=RETRY_AFTER_S
                     ) from error
                 case "failed":
-                    log.error("a replica's code has failed: %s", error)
+                    log.error("a replica raised an error: %s", error)
                     raise internal_error(getattr(error, "cause", None) or error) from error
 
-    async def check_there(self) -> None:
-        """Refuse a request that would have to wait until a replica has been started.
+    async def check_started(self) -> None:
+        """Refuse a request if no replica has been started yet.
 
         Raises:
             ApiError: 503.
@@ -161,10 +168,10 @@ class Replicas:
             raise _unready(status)
 
     async def serving(self) -> Status:
-        """Return the status of a replica that serves.
+        """Return the status of a replica that is ready.
 
         Raises:
-            ApiError: 503, if none does.
+            ApiError: 503, if none is ready.
         """
         status = await self.status()
         if status["status"] != "ok":
@@ -172,7 +179,7 @@ class Replicas:
         return status
 
     async def loads(self) -> dict[str, Load]:
-        """Return what each replica has to do."""
+        """Return the load of each replica."""
         return {status["replica"]: status["load"] for status in await self.statuses()}
 
     def check_allowed(self, choice: ModelChoice) -> None:
@@ -183,20 +190,20 @@ class Replicas:
         """
         config = self._config
         if not is_named(choice.model_id, (config.model, *config.allowed_models)):
-            allowed = "is not among the models that this server may load (allowed_models in its configuration)"
+            allowed = "is not a model that this server may load; it lists them as allowed_models in its configuration"
             raise _forbidden("model_id", f"{choice.model_id!r} {allowed}", "model_not_allowed")
         if choice.trust_remote_code and not config.trust_remote_code:
-            reason = "this server does not run code that comes with a model (trust_remote_code in its configuration)"
+            reason = "this server does not run code from a model's repository; its configuration would need trust_remote_code"
             raise _forbidden("trust_remote_code", reason, "remote_code_not_allowed")
         if choice.trust_remote_code and choice.revision not in (None, config.revision):
-            reason = f"code is not run from {choice.revision!r}, which the client chose; leave it out"
+            reason = f"{choice.revision!r}: a client may not choose the revision whose code is run; leave revision out"
             raise _forbidden("revision", reason, "remote_code_not_allowed")
 
     async def swap(self, choice: ModelChoice) -> Status:
-        """Serve another model in place of the one that is served; returns the new status when every replica has it.
+        """Replace the served model; returns the new status once every replica has loaded it.
 
         Raises:
-            ApiError: why it could not be loaded; the replicas then serve what they had. 503 while another swap runs.
+            ApiError: if the model cannot be loaded; the replicas then serve the former model. 503 while another swap runs.
         """
         if self._swapping.locked():
             raise ApiError(503, "another model is being loaded", code="loading", retry_after_s=10)
@@ -206,13 +213,13 @@ class Replicas:
             error = await self._deploy(choice)
             if error is None:
                 return await self.serving()
-            log.warning("going back to %s", former.model_id)
+            log.warning("rolling back to %s", former.model_id)
             lost = await self._deploy(former)
-            now = "no model is served" if lost else f"{former.model_id} is served as before"
+            now = "no model is served now" if lost else f"{former.model_id} is still served"
             raise ApiError(error.status, f"{error.message}; {now}", param=error.param, code=error.code)
 
     async def _deploy(self, choice: ModelChoice) -> ApiError | None:
-        """Have every replica serve a model; returns why the first that cannot cannot."""
+        """Deploy a choice of model to every replica and wait for them; returns the first replica's error, if any."""
         await asyncio.to_thread(self._redeploy, choice)
         self._choice = choice
         try:

@@ -1,12 +1,12 @@
 """A model replica: one copy of the weights, one engine thread, one store writer.
 
-The replica answers from the moment its process runs: it loads the model on a thread (`model_slot`) and says meanwhile what it
-is doing, so that `/health` can tell a slow start from a dead one. Serve says which model: it calls `reconfigure` at the start,
-after a restart, and whenever another is to be served. A request is rendered and checked here (only the replica has the
-tokenizer), run as one or more choices (`requests.generation`), and acknowledged only when the activations it asked for are
-durable.
+The replica answers as soon as its process runs. It loads the model on a thread (`model_slot`) and reports the stage meanwhile,
+so that `/health` can distinguish a slow start from a dead replica. Serve chooses the model: it calls `reconfigure` at the
+start, after a restart, and to swap models. A request is rendered and checked here, because only the replica has the
+tokenizer. It runs as one or more choices (`requests.generation`), and is acknowledged only after its activations are
+committed.
 
-Errors leave as data (`RequestError.payload`), see `openai_api.errors`; what a request took leaves beside its reply
+Errors are returned as data (`RequestError.payload`, see `openai_api.errors`), and a request's statistics with its reply
 (`requests.stats`).
 """
 
@@ -38,8 +38,8 @@ from serve_app.requests.stats import RequestStats
 
 log = logging.getLogger(__name__)
 
-ASKED = "asked"
-"""The key of a model's `user_config` that says which asking it is."""
+LOAD_ID = "load_id"
+"""Key of the `user_config` whose value is new for every load, so that Serve calls `reconfigure` again."""
 
 Generation = ChatRequest | CompletionRequest | ResponsesRequest
 
@@ -48,46 +48,46 @@ class ModelReplica:
     """The model deployment; `app.build` makes it a Serve deployment."""
 
     def __init__(self, config: ServerConfig, slot: ModelSlot | None = None) -> None:
-        """Wait to be told which model to load, unless there is a slot that holds one."""
+        """Create a replica without a model, unless a slot with one is given; `reconfigure` chooses the model."""
         self._config = config
         self._session_id = f"server-{str(ULID()).lower()}"
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._slot = slot or ModelSlot(config)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Start to serve a model (a `ModelChoice` as data), in place of the one there may be; returns at once."""
-        choice = {name: value for name, value in user_config.items() if name != ASKED}
+        """Start to load a model (a `ModelChoice` as data) in place of the current one; returns at once."""
+        choice = {name: value for name, value in user_config.items() if name != LOAD_ID}
         self._slot.choose(ModelChoice.model_validate(choice))
 
     def restart(self) -> None:
-        """Start to load the same model again, where Serve does not start another replica; returns at once."""
+        """Start to reload the same model; returns at once. Used without Serve, which would start another replica."""
         self._slot.reload()
 
     def close(self) -> None:
-        """Stop the engine and commit what is pending."""
+        """Stop the engine and commit pending activations."""
         self._slot.close()
 
     def __del__(self) -> None:
         self.close()
 
     def check_health(self) -> None:
-        """Tell Serve to restart this replica if its engine has died."""
+        """Raise an error if the engine has died, so that Serve restarts this replica."""
         served = self._slot.served
         if served is not None and not served.engine.alive:
-            raise RuntimeError("the engine's thread has died")
+            raise RuntimeError("the engine has died")
 
     def record_routing_stats(self) -> dict[str, bool]:
-        """Tell Serve whether this replica can serve (`routing`)."""
+        """Report to Serve whether this replica is ready (`routing`)."""
         return {"ready": self._slot.ready}
 
     async def status(self) -> dict[str, Any]:
-        """Say what is served and what there is to do, or how far loading is."""
+        """Return the served model and the engine's load, or the stage of loading."""
         served = self._slot.served
         load = served.engine.load if served is not None else Load(0, 0)
         return {**self._slot.status(), "replica": self._name, "load": load}
 
     async def generate(self, request: Generation, about: str | None = None) -> dict[str, Any]:
-        """Answer a request whole: `{"reply": …, "stats": …}` or `{"error": …}`.
+        """Generate and return a whole reply: `{"reply": …, "stats": …}` or `{"error": …}`.
 
         Args:
             request: what to generate.
@@ -105,16 +105,16 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 reply = plan.reply.whole(finished, describe_all(plan, finished))
                 return {"reply": reply, "stats": _stats(plan, finished)}
-        except Exception as error:  # noqa: BLE001 - it leaves as data
+        except Exception as error:  # noqa: BLE001 - returned as data
             return _error(error)
 
     async def generate_stream(
         self, request: Generation, about: str | None = None
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """Answer a request in pieces: lists of chunks that have come together; an error is a chunk `{"error": …}`.
+        """Generate and yield a reply in pieces, each a list of chunks; an error is a chunk `{"error": …}`.
 
-        The first piece waits for the engine's first word, so that a refusal comes before anything else. What the request
-        took is the last chunk of the last piece, `{"stats": …}`; the ingress keeps it.
+        The first piece waits for the engine's first event, so that a refusal comes before anything else. The last chunk of
+        the last piece is `{"stats": …}`, which the ingress keeps.
 
         Args:
             request: what to generate.
@@ -138,15 +138,15 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 closing = plan.reply.closing(describe_all(plan, finished))
                 yield [*closing, {"stats": _stats(plan, finished)}]
-        except Exception as error:  # noqa: BLE001 - it leaves as data
+        except Exception as error:  # noqa: BLE001 - returned as data
             yield [_error(error)]
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
-        """Turn text or messages into tokens: `{"reply": …}` or `{"error": …}`."""
+        """Tokenize a text or messages: `{"reply": …}` or `{"error": …}`."""
         return self._answer(request, tokenize)
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
-        """Turn tokens into text: `{"reply": …}` or `{"error": …}`."""
+        """Convert token ids to text: `{"reply": …}` or `{"error": …}`."""
         return self._answer(request, detokenize)
 
     async def tokenizer_info(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class ModelReplica:
                 if request is not None and request.model is not None:
                     _check_model(request.model, served.model.source)
                 return {"reply": answer(served.model, request)}
-        except Exception as error:  # noqa: BLE001 - it leaves as data
+        except Exception as error:  # noqa: BLE001 - returned as data
             return _error(error)
 
     def _plan(self, served: Served, request: Generation) -> GenerationPlan:
@@ -183,9 +183,9 @@ def _stats(plan: GenerationPlan, dones: list[Done]) -> RequestStats:
 
 
 def _error(error: Exception) -> dict[str, Any]:
-    """Return an error as data; one that nobody expected is a 500, and logged with where it came from."""
+    """Return an error as data; an unexpected error becomes a 500 and is logged with its traceback."""
     if not isinstance(error, RequestError):
-        log.error("a request failed in a way that was not expected", exc_info=error)
+        log.error("a request failed unexpectedly", exc_info=error)
         error = internal_error(error)
     if error.status >= 500:
         log.error("%s", error.message)

@@ -1,11 +1,13 @@
-"""The one place a replica has for a model: loading into it, and swapping what is in it.
+"""Owns the replica's single loaded model: load, drain, swap.
 
-There is never more than one copy of weights. To swap, a thread first finds the new model (a name that leads nowhere disturbs
-nobody), then drains (what runs may finish, what is new is refused), frees (the engine is closed and the last reference to the
-old weights goes), and only then loads. If loading fails, the model that was there is loaded again, so that a bad choice
-leaves a server that works.
+There is never more than one copy of the weights. A thread swaps in this order:
 
-Requests hold the model through `use()`, which is what draining waits for. `/health` reads `status()` at any time.
+    find     locate the new model; a wrong name fails here and disturbs nothing
+    drain    refuse new requests and wait for the running ones
+    free     close the engine and drop the last reference to the old weights
+    load     load the new model; if that fails, load the former one again, so that the server keeps working
+
+Requests hold the model with `use()`, and draining waits for them. `/health` may read `status()` at any time.
 """
 
 import gc
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class ModelSlot:
-    """CacheLimits for one model (see the module)."""
+    """Holds at most one model (see the module)."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -57,7 +59,7 @@ class ModelSlot:
 
     @classmethod
     def holding(cls, config: ServerConfig, model: ServedModel, engine: Engine) -> "ModelSlot":
-        """Return a slot with a model that is loaded already; its engine stays its owner's to close.
+        """Return a slot with an already loaded model, whose engine the caller closes.
 
         Raises:
             StoreError: if the store cannot be written.
@@ -69,30 +71,30 @@ class ModelSlot:
         return slot
 
     def choose(self, choice: ModelChoice) -> None:
-        """Start to serve another model; returns at once. If it is the one that is served, unchanged, nothing happens."""
+        """Start to load another model; returns at once. Nothing happens if it is the served one, unchanged."""
         self._refused = None
         with self._changed:
             self._unsettled += 1
         threading.Thread(target=self._swap, args=(choice,), name="load", daemon=True).start()
 
     def reload(self) -> None:
-        """Start to load what is in the slot once more, if its engine has died; returns at once."""
+        """Start to reload the slot's model if its engine has died; returns at once."""
         if self._choice is not None:
             self.choose(self._choice)
 
     @property
     def served(self) -> Served | None:
-        """What is in the slot, also while it drains."""
+        """The model in the slot, also while it drains."""
         return self._served
 
     @property
     def ready(self) -> bool:
-        """Whether what is in the slot can be used now."""
+        """Whether the model in the slot accepts requests."""
         served = self._served
         return served is not None and served.engine.alive and self._open
 
     def status(self) -> dict[str, Any]:
-        """Say what is served, or how far loading it is, and which choice has failed since the last one was made."""
+        """Return the served model or the stage of loading, and the error if the last choice failed."""
         served, refused = self._served, self._refused
         status: dict[str, Any] = {
             "choice": self._choice,
@@ -100,7 +102,7 @@ class ModelSlot:
             "refused": {"choice": refused[0], "error": refused[1].payload()} if refused else None,
         }
         if served is not None and not served.engine.alive:
-            return {**status, "status": "loading", "stage": "the engine has given up; the replica is restarted"}
+            return {**status, "status": "loading", "stage": "the engine has died; the replica is restarting"}
         if served is not None and self.ready:
             return {**status, "status": "ok", "stage": "ready", **describe(served)}
         if refused is not None and not self._one_at_a_time.locked():
@@ -109,10 +111,10 @@ class ModelSlot:
 
     @contextmanager
     def use(self) -> Iterator[Served]:
-        """Hold the model for as long as a request needs it.
+        """Hold the model while a request uses it.
 
         Raises:
-            ApiError: 503, if there is none to be had now.
+            ApiError: 503, if no model is ready.
         """
         with self._changed:
             served = self._served
@@ -127,7 +129,7 @@ class ModelSlot:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop the engine and commit what is pending."""
+        """Stop the engine and commit pending activations."""
         self._open = False
         if self._served is not None and not self._lent:
             self._served.engine.close()
@@ -148,7 +150,7 @@ class ModelSlot:
                 self._unsettled -= 1
 
     def _settle(self, choice: ModelChoice) -> None:
-        """Serve a model, or the former one if that fails."""
+        """Load a model, or the former one again if that fails."""
         with self._one_at_a_time:
             former = self._choice
             torch.set_num_threads(self._config.threads or os.cpu_count() or 1)
@@ -158,18 +160,18 @@ class ModelSlot:
             if self._served is not None:
                 same = choice == former and source == self._served.model.source
                 if same and self._served.engine.alive:
-                    self._say("ready")
+                    self._set_stage("ready")
                     return
                 self._drain()
                 self._free()
             if not self._load(choice, source) and former is not None:
-                gc.collect()  # what the failed load has left
+                gc.collect()  # free the remains of the failed load
                 source = self._find(former)
                 if source is not None:
                     self._load(former, source)
 
     def _find(self, choice: ModelChoice) -> ModelSource | None:
-        self._say(f"finding {choice.model_id}")
+        self._set_stage(f"finding {choice.model_id}")
         try:
             return locate(
                 choice.model_id,
@@ -177,7 +179,7 @@ class ModelSlot:
                 quantize=self._config.quantize,
                 trust_remote_code=choice.trust_remote_code,
             )
-        except RequestError as error:  # whoever asked is told, so the log needs no traceback
+        except RequestError as error:  # the client gets the error, so the log needs no traceback
             log.info("%s cannot be found: %s", choice.model_id, error)
             self._refused = choice, error
             return None
@@ -187,28 +189,28 @@ class ModelSlot:
             return None
 
     def _drain(self) -> None:
-        """Refuse what is new and wait for what runs; every request ends by its time limit at the latest."""
+        """Refuse new requests and wait for the running ones, at most for the request time limit."""
         with self._changed:
             self._open = False
-            self._say(f"draining {self._users} requests")
+            self._set_stage(f"draining {self._users} requests")
             self._changed.wait_for(lambda: self._users == 0, self._config.request_timeout_s)
 
     def _free(self) -> None:
-        """Let go of the model, so that no copy of its weights is left."""
-        self._say("freeing the old model")
+        """Drop the model, so that no copy of its weights is left."""
+        self._set_stage("freeing the old model")
         served, self._served, self._choice = self._served, None, None
         if served is not None:
             served.engine.close()
         del served
-        gc.collect()  # a wrapped model is a cycle
+        gc.collect()  # a wrapped model is a reference cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _load(self, choice: ModelChoice, source: ModelSource) -> bool:
-        """Load a model into the empty slot; whether that worked."""
+        """Load a model into the empty slot; return whether it succeeded."""
         try:
             served = self._make(choice, source)
-        except RequestError as error:  # whoever asked is told, so the log needs no traceback
+        except RequestError as error:  # the client gets the error, so the log needs no traceback
             log.info("%s cannot be loaded: %s", choice.model_id, error)
             self._refused = choice, error
             return False
@@ -218,7 +220,7 @@ class ModelSlot:
             return False
         with self._changed:
             self._served, self._choice, self._open = served, choice, True
-        self._say("ready")
+        self._set_stage("ready")
         return True
 
     def _make(self, choice: ModelChoice, source: ModelSource) -> Served:
@@ -228,7 +230,9 @@ class ModelSlot:
     def _make_vllm(self, choice: ModelChoice, source: ModelSource) -> Served:
         config = self._config
         if choice.device_map is not None:
-            raise EngineUnavailableError("device_map: vLLM spreads a model by the server's tensor_parallel_size")
+            raise EngineUnavailableError(
+                "device_map: the vLLM engine does not support it; the server's tensor_parallel_size splits a model"
+            )
         settings = vllm.VllmSettings(
             dtype=config.dtype,
             device=config.device,
@@ -245,7 +249,7 @@ class ModelSlot:
             batch_invariant=config.batch_invariant,
             prefix_cache=config.prefix_cache,
         )
-        model, engine = vllm.start(source, settings, self._say, trust_remote_code=choice.trust_remote_code)
+        model, engine = vllm.start(source, settings, self._set_stage, trust_remote_code=choice.trust_remote_code)
         savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
         try:
             structure = model.structure.with_savepoints(savepoints)
@@ -262,14 +266,14 @@ class ModelSlot:
             source,
             config.dtype,
             config.device,
-            self._say,
+            self._set_stage,
             choice.device_map,
             trust_remote_code=choice.trust_remote_code,
         )
         savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
         model = replace(model, structure=model.structure.with_savepoints(savepoints))
         if config.compile_first:
-            self._say(f"compiling decoding steps of {source.name}")
+            self._set_stage(f"compiling decoding steps of {source.name}")
         engine = TransformersEngine(
             model,
             max_batch=config.max_batch,
@@ -287,13 +291,13 @@ class ModelSlot:
         served = self._served
         return served is not None and served.engine.load.running > 0
 
-    def _say(self, stage: str) -> None:
+    def _set_stage(self, stage: str) -> None:
         self._stage = stage
         log.info("%s", stage)
 
 
 def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | None = None) -> str:
-    """Return which engine runs a model: "auto" is vLLM where it is installed, on a CUDA GPU, for what it can run."""
+    """Return the name of the engine for a model; "auto" is vLLM if it is installed and supports the model and device."""
     if config.engine != "auto":
         return config.engine
     adapted = source is not None and source.adapter is not None
@@ -303,7 +307,7 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
 
 
 def describe(served: Served) -> dict[str, Any]:
-    """Return the model's card and structure."""
+    """Return the model's card and its structure."""
     model, cache = served.model, served.engine.prefix_cache
     card: ModelCard = {
         "id": model.source.name,
@@ -328,7 +332,7 @@ def describe(served: Served) -> dict[str, Any]:
 
 
 def as_load_error(error: Exception) -> RequestError:
-    """Return why a model could not be loaded: 4xx for what whoever chose it did wrong."""
+    """Convert the exception of a failed load into an error for the client; errors in the choice get a 4xx status."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, StoreError):

@@ -1,6 +1,6 @@
-"""Classifies the errors that Ray raises when a replica is called.
+"""Classifies the errors that Ray raises for calls to a replica.
 
-A server without Ray Serve (`in_process`) does not import Ray, which takes half a second, and sees none of these errors.
+A server without Ray Serve (`in_process`) sees none of these errors, and does not import Ray, which takes half a second.
 """
 
 import sys
@@ -10,12 +10,12 @@ Kind = Literal["busy", "cancelled", "lost", "absent", "failed"]
 
 
 def kind_of(error: Exception) -> Kind | None:
-    """Return what happened to a replica that was called, or None for an error that is not Ray's.
+    """Classify an error of a call to a replica; None if it is not Ray's.
 
     Returns:
-        "busy" if too many requests wait; "cancelled" if the client has left, and what its request asked for was cancelled
-        before the request itself; "lost" if the replica's process is gone; "absent" if there is none; "failed" if the replica's
-        code has raised an error, also one that says that something it uses has died.
+        "busy": too many requests wait. "cancelled": the client disconnected, and the call was cancelled before the request.
+        "lost": the replica's process has died. "absent": there is no replica. "failed": the replica's code raised an error,
+        including one about something else that has died.
     """
     if "ray" not in sys.modules:
         return None

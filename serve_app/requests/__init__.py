@@ -1,1 +1,1 @@
-"""What happens to one request between the wire and the engine: planning, running, probes and steering."""
+"""Processes one request between the wire format and the engine: planning, generation, probes and steering."""

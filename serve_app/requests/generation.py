@@ -1,8 +1,8 @@
-"""Runs the choices of one request through the engine and the store, and says what has happened as it happens.
+"""Runs the choices of one request through the engine and the store, and yields their events.
 
-A request is one or more choices (`n`, or several prompts), each a job of its own in the engine's batch. A choice that captures
-is done only when its rows are durable. Leaving early, by an error, a time limit or the client going away, cancels every choice,
-which frees their places at the engine's next step.
+A request has one or more choices (`n`, or several prompts), each a separate job in the engine's batch. A choice that captures
+activations is done only after its rows are committed. An error, the time limit or a disconnected client cancels every choice,
+which frees their slots in the batch at the engine's next step.
 """
 
 import asyncio
@@ -40,12 +40,12 @@ from serve_app.openai_api.errors import ApiError, from_store
 
 log = logging.getLogger(__name__)
 
-_ROOM_POLL_S = 0.02
+_STORE_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A model and the engine that runs it: what planning a request takes."""
+    """A model and the engine that runs it."""
 
     model: ServedModel
     engine: Engine
@@ -53,7 +53,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Served(Runner):
-    """What a replica that can serve has."""
+    """A model, its engine and its storage, in a replica that is ready."""
 
     storage: Storage
 
@@ -63,42 +63,44 @@ class Choice:
     """One generation of a request."""
 
     prompt: TokenizedText
-    """What the model is given."""
+    """The prompt's tokens."""
     sampling: Sampling
-    """How to choose tokens."""
+    """Sampling parameters."""
     role: str
-    """Who speaks the completion."""
+    """Role of the completion."""
     asked: ActivationRequest | None = None
-    """What to keep, None for nothing."""
+    """The request for activations; None to capture nothing."""
     plan: CapturePlan | None = None
-    """`asked`, resolved."""
+    """`asked`, resolved to hook points of the model."""
     grammar: Grammar | None = None
-    """What to follow, None for free text."""
+    """Grammar that the completion must follow; None for free text."""
     score_tokens: bool = True
-    """Whether the reply says how likely each generated token was. A stored rollout always does; a generation that probes may
-    end is scored too."""
+    """Whether the reply contains log-probabilities of the generated tokens.
+
+    They are also computed for a stored rollout and for a generation that probes may end.
+    """
     score_prompt: bool = False
-    """Whether the prompt's own tokens are to be scored."""
+    """Whether to compute log-probabilities of the prompt's tokens."""
     probes: tuple[RequestProbe, ...] = ()
-    """What its tokens are to be scored with."""
+    """Probes that score the tokens."""
     stopping: Stopping | None = None
-    """What these scores are to do, None for nothing."""
+    """Actions of the probes' scores; None for none."""
     stop_label: Callable[[Sequence[Acted]], str] | None = None
-    """Writes the label of a rollout whose scores may act, from what they have done."""
+    """Formats the stop label of a rollout from the actions that its scores took."""
     steering: tuple[SteeringVector, ...] = ()
-    """What is to be added to its stream."""
+    """Vectors to add to the residual stream."""
     cache_salt: str | None = None
-    """Under what its prefix is cached, None for what all share."""
+    """Key that separates its prefix cache; None for the shared cache."""
 
     def job(
         self, on_event: Callable[[Event], None], constraint: Constraint | None, *, stream: bool = False
     ) -> GenerationJob:
-        """Return it as the engine takes it.
+        """Return the choice as a job for the engine.
 
         Args:
-            on_event: called with each event.
+            on_event: receives the job's events.
             constraint: `grammar`, compiled.
-            stream: whether text is sent as it is generated.
+            stream: whether the listener receives text while it is generated.
         """
         return GenerationJob(
             prompt_ids=self.prompt.token_ids,
@@ -117,35 +119,35 @@ class Choice:
 
 
 Item = tuple[int, TextDelta | Done | Failed]
-Tell = Callable[[TextDelta | Done | Failed], None]
+Emit = Callable[[TextDelta | Done | Failed], None]
 
 
 async def generate(
     served: Served, choices: list[Choice], *, stream: bool, session_id: str, timeout_s: float
 ) -> AsyncIterator[list[tuple[int, TextDelta | Done]]]:
-    """Run choices and yield, each time, what has happened since the last time, by the choice's number.
+    """Run choices and yield lists of new events, each with the number of its choice.
 
     Args:
         served: the model, its engine and its store.
-        choices: what to generate; all are submitted at once.
-        stream: whether to yield text as it comes.
-        session_id: where activations go that name no session.
-        timeout_s: the longest that all of it may take.
+        choices: the generations; all are submitted at once.
+        stream: whether to yield text while it is generated.
+        session_id: default session of the activations.
+        timeout_s: time limit of all choices together.
 
     Raises:
-        RequestError: if a grammar cannot be followed, the queue is full, it takes too long, or generation, capture or commit
-            fails.
+        RequestError: if a grammar is not supported, the queue is full, the time limit is exceeded, or generation, capture or
+            commit fails.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Item] = asyncio.Queue()
 
     def listener(index: int, choice: Choice) -> "_Listener":
-        def tell(item: TextDelta | Done | Failed) -> None:
+        def emit(item: TextDelta | Done | Failed) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, (index, item))
 
-        return _Listener(served, choice, session_id, tell)
+        return _Listener(served, choice, session_id, emit)
 
-    constraints = await _compiled_aside(served, choices)
+    constraints = await _compile_on_thread(served, choices)
     jobs = [
         choice.job(listener(index, choice).on_event, constraint, stream=stream)
         for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
@@ -153,9 +155,9 @@ async def generate(
     open_choices = len(jobs)
     try:
         async with asyncio.timeout(timeout_s):
-            # The store is slower than the model: whoever wants more stored waits outside the batch, where nothing is held.
+            # Backpressure: capture requests wait before admission while the store is behind.
             while any(choice.plan for choice in choices) and not served.storage.has_room:
-                await asyncio.sleep(_ROOM_POLL_S)
+                await asyncio.sleep(_STORE_POLL_S)
             for job in jobs:
                 served.engine.submit(job)
             while open_choices:
@@ -184,8 +186,8 @@ async def generate(
             job.cancelled.set()
 
 
-async def _compiled_aside(served: Served, choices: list[Choice]) -> list[Constraint | None]:
-    """Compile each choice's grammar, on a thread: a large schema takes a while, and others want answers meanwhile."""
+async def _compile_on_thread(served: Served, choices: list[Choice]) -> list[Constraint | None]:
+    """Compile each choice's grammar on a thread, because a large schema would block other requests."""
     if all(choice.grammar is None for choice in choices):
         return [None] * len(choices)
     return await asyncio.to_thread(compile_grammars, served, choices)
@@ -195,7 +197,7 @@ def compile_grammars(runner: Runner, choices: list[Choice]) -> list[Constraint |
     """Compile each choice's grammar.
 
     Raises:
-        ApiError: if a schema cannot be followed, naming where the request has it.
+        ApiError: if a schema is not supported; it names the request's parameter.
     """
     try:
         return [
@@ -206,26 +208,26 @@ def compile_grammars(runner: Runner, choices: list[Choice]) -> list[Constraint |
 
 
 class _Listener:
-    """Hears one choice's events on the engine's thread, and stores what it captured before it is called done."""
+    """Receives one choice's events on the engine's thread, and stores its activations before it reports `Done`."""
 
-    def __init__(self, served: Served, choice: Choice, session_id: str, tell: Tell) -> None:
+    def __init__(self, served: Served, choice: Choice, session_id: str, emit: Emit) -> None:
         self._served = served
         self._choice = choice
         self._session_id = session_id
-        self._tell = tell
+        self._emit = emit
 
     def on_event(self, event: Event) -> None:
-        """Pass an event on; a finished choice that captured goes to the store first."""
+        """Emit an event; the activations of a finished choice are stored first."""
         if not isinstance(event, Finished):
-            self._tell(event)
+            self._emit(event)
         elif self._choice.asked is None:
-            self._tell(Done(event, None))
+            self._emit(Done(event, None))
         else:
             try:
                 self._commit(event, self._choice.asked)
-            except Exception as error:  # raised on the engine's thread, it would fail the whole batch
-                log.exception("a finished generation cannot be stored")
-                self._tell(Failed(error))
+            except Exception as error:  # an exception on the engine's thread would fail the whole batch
+                log.exception("a finished generation could not be stored")
+                self._emit(Failed(error))
 
     def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
         session_id = asked.session_id or self._session_id
@@ -239,8 +241,8 @@ class _Listener:
         def committed(future: "Future[StoredActivations]") -> None:  # on the storage's thread
             error = future.exception()
             if error is None:
-                self._tell(Done(finished, future.result()))
+                self._emit(Done(finished, future.result()))
             else:
-                self._tell(Failed(error if isinstance(error, Exception) else StoreError(str(error))))
+                self._emit(Failed(error if isinstance(error, Exception) else StoreError(str(error))))
 
         self._served.storage.keep(entry, finished).add_done_callback(committed)

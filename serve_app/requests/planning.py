@@ -1,7 +1,7 @@
-"""From a checked request to the choices that the engine runs: what needs the model, its tokenizer and its limits.
+"""Plans a validated request: converts it to choices for the engine, with the model's tokenizer and limits.
 
-What can be refused by looking is refused here, before anything is queued: a prompt that is too long, a hook point the model
-does not have, values too many to send.
+Everything that can be checked in advance is checked here, before anything is queued: a prompt that is too long, a hook point
+that the model lacks, a reply that would be too large.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,28 +48,28 @@ from serve_app.requests.probes_and_steering import (
 )
 
 BYTES_PER_VALUE = 12
-"""What a number takes in a JSON reply, about."""
+"""Approximate size of a number in a JSON reply."""
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """A request, ready to run."""
+    """A planned request."""
 
     choices: list[Choice]
-    """What to generate."""
+    """The generations."""
     reply: ChatReply | CompletionReply | ResponsesReply
-    """Turns what happens into the reply."""
+    """Converts the events of the choices to the reply."""
     asked: ActivationRequest | None
-    """What to keep, None for nothing."""
-    spelling: dict[str, str]
-    """How the reply spells stored keys, where it does so in another way."""
+    """The request for activations; None to capture nothing."""
+    legacy_keys: dict[str, str]
+    """The reply's names of stored keys, for requests by `collect_activations`; else empty."""
 
 
 def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> GenerationPlan:
     """Render a conversation and plan its choices.
 
     Raises:
-        RequestError: if something asked for cannot be.
+        RequestError: if the request cannot be carried out.
     """
     _check_capture(request, config)
     model = served.model
@@ -92,7 +92,7 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Gen
     steering = resolve_steering(model, request.steering, config.probes)
     cut = rendered.prompt.n_prompt - prompt.n_prompt if request.truncation_side == "left" else 0
     first = max(rendered.turn_start - cut, 0) if request.capture and request.capture.since == "turn" else 0
-    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering, first=first)
+    asked, capture, legacy_keys = _capture(served, request, prompt, max_tokens, config, steering, first=first)
     template = model.tokenizer.chat_template
     prefill = request.messages[-1].content if request.continue_final_message else ""
     reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text, prefill)
@@ -107,7 +107,7 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Gen
             plan=capture,
             grammar=grammar,
             score_tokens=request.logprobs,
-            score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
+            score_prompt=request.prompt_logprobs is not None and number == 0,  # all choices share the prompt
             probes=probes,
             stopping=stopping,
             stop_label=stop_label,
@@ -118,14 +118,14 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Gen
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
     reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
-    return GenerationPlan(choices, reply, asked, spelling)
+    return GenerationPlan(choices, reply, asked, legacy_keys)
 
 
 def plan_response(served: Runner, request: ResponsesRequest, config: ServerConfig) -> GenerationPlan:
-    """Plan the chat that a response is.
+    """Plan a response, as the chat that it wraps.
 
     Raises:
-        RequestError: if something asked for cannot be.
+        RequestError: if the request cannot be carried out.
     """
     plan = plan_chat(served, request.chat, config)
     assert isinstance(plan.reply, ChatReply)
@@ -133,7 +133,7 @@ def plan_response(served: Runner, request: ResponsesRequest, config: ServerConfi
 
 
 def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
-    """Return what a reply has to follow, None for any text."""
+    """Return the grammar that a reply must follow; None for free text."""
     answer = answer_schema(request.response_format)
     if request.calls_tools:
         choice = request.tool_choice or "auto"
@@ -148,7 +148,7 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
     """Tokenize raw prompts and plan their choices.
 
     Raises:
-        RequestError: if something asked for cannot be.
+        RequestError: if the request cannot be carried out.
     """
     _check_capture(request, config)
     tokenizer = served.model.tokenizer
@@ -170,14 +170,14 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
     if request.structured and (
         closing := [param for rule, param in rules_of(request.probes) if rule.when.then != "stop"]
     ):
-        raise refused(f"{closing[0]}.then", "a text that follows a grammar from its start has no reasoning to close")
+        raise refused(f"{closing[0]}.then", "a completion with a grammar has no reasoning to close")
     grammar = request.structured[1].to_grammar(request.structured[0]) if request.structured else None
     bad_words = _check_named_tokens(served.model, request)
     choices: list[Choice] = []
-    spelling: dict[str, str] = {}
+    legacy_keys: dict[str, str] = {}
     for prompt in (raw.prompt for raw in prompts):
         max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
-        asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
+        asked, capture, legacy_keys = _capture(served, request, prompt, max_tokens, config, steering)
         before = len(choices)
         choices += [
             Choice(
@@ -198,27 +198,27 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
             for number in range(request.n)
         ]
     reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
-    return GenerationPlan(choices, reply, asked_for, spelling)
+    return GenerationPlan(choices, reply, asked_for, legacy_keys)
 
 
 def _probes(
     model: ServedModel, request: GenerationParams, config: ServerConfig
 ) -> tuple[tuple[RequestProbe, ...], Stopping | None, Callable[[Sequence[Acted]], str] | None]:
-    """Return what a request's tokens are scored with, what the scores do, and what writes the label of its rollouts."""
+    """Return a request's probes, the actions of their scores, and the function that formats the stop label."""
     probes = resolve_probes(model, request.probes, config.probes)
     stopping = resolve_stopping(model, rules_of(request.probes), probes, request.min_tokens)
     return probes, stopping, partial(stopping_label, request.probes, probes) if stopping is not None else None
 
 
 def _numbered(asked: ActivationRequest | None, number: int) -> ActivationRequest | None:
-    """Return what to keep of a request's `number`-th choice: where it has a key, each choice is a turn of its own."""
+    """Return the capture request of the `number`-th choice: with a rollout key, each choice is a separate turn."""
     if asked is None or asked.key is None or number == 0:
         return asked
     return asked.model_copy(update={"key": asked.key.model_copy(update={"turn": asked.key.turn + number})})
 
 
 def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> CaptureFields:
-    """Return the reply's `activations`, if they were asked for."""
+    """Return the reply's `activations`, if they were requested."""
     if plan.asked is None:
         return {}
     rollouts = []
@@ -227,8 +227,8 @@ def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> CaptureFields:
         described = dict(done.stored.reply)
         if done.finished.acted:
             described["acted"] = [one.model_dump() for one in actions_of(plan.choices[0].probes, done.finished.acted)]
-        if plan.spelling:
-            described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
+        if plan.legacy_keys:
+            described["tensors"] = {plan.legacy_keys[key]: value for key, value in described["tensors"].items()}
         rollouts.append(described)
     if len(plan.choices) == 1:
         return {"activations": rollouts[0]}
@@ -237,17 +237,17 @@ def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> CaptureFields:
 
 
 def _kept_tokens(served: Runner, request: GenerationParams, limit: int | None) -> int | None:
-    """Return how many tokens of a prompt are kept, None for all; -1 keeps as many as fit beside the completion's."""
+    """Return how many tokens of a prompt to keep, None for all; -1 keeps as many as fit with the completion."""
     keep = request.truncate_prompt_tokens
-    # If none fits, one is kept, and the request is refused as any that is too long.
+    # If none fits, keep one; the request is then refused as too long.
     return max(_context(served) - (1 if limit is None else limit), 1) if keep == -1 else keep
 
 
 def _check_named_tokens(model: ServedModel, request: GenerationParams) -> tuple[tuple[int, ...], ...]:
-    """Check the tokens that a request names; returns those of its `bad_words`.
+    """Check the token ids in a request; return the token ids of its `bad_words`.
 
     Raises:
-        ApiError: naming the first that the model does not know.
+        ApiError: if a token id is out of range.
     """
     for param in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
         check_tokens(list(getattr(request, param) or ()), model.vocab_size, param)
@@ -259,7 +259,7 @@ def _context(served: Runner) -> int:
 
 
 def _max_tokens(served: Runner, prompt: TokenizedText, limit: int | None, param: str) -> int:
-    """Return how many tokens a completion may have.
+    """Return the maximum number of tokens of a completion.
 
     Raises:
         ApiError: if prompt and completion do not fit into the context.
@@ -271,7 +271,7 @@ def _max_tokens(served: Runner, prompt: TokenizedText, limit: int | None, param:
         taken = f"your {param} resulted in {n_prompt} tokens"
         if limit:
             taken = f"you requested {n_prompt + limit} tokens ({n_prompt} in the {param}, {limit} in the completion)"
-        # OpenAI's words, which clients know (litellm's ContextWindowExceededError, inspect_ai's model_length).
+        # OpenAI's wording, which clients recognize (litellm's ContextWindowExceededError, inspect_ai's model_length).
         raise ApiError(
             400,
             f"This model's maximum context length is {context} tokens. However, {taken}. Please reduce the length of the "
@@ -291,7 +291,7 @@ def _capture(
     steering: tuple[SteeringVector, ...],
     first: int = 0,
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
-    """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
+    """Resolve a request's activations; return the request with its steering label, the plan and the reply's legacy keys."""
     asked = request.capture
     if asked is None:
         return None, None, {}
@@ -302,15 +302,15 @@ def _capture(
         for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
     }
     if not taps:
-        raise refused("activations.layers", "no layer is named, so there is nothing to keep")
+        raise refused("activations.layers", "the list is empty, so there is nothing to capture")
     plan = CapturePlan(taps, Positions.parse(asked.positions), captured_as(asked.dtype), first=first)
     if asked.delivery != "reference":
         _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
-    spelling = {key: legacy_key(key, name) for key, name in names.items()} if request.collect_activations else {}
+    legacy_keys = {key: legacy_key(key, name) for key, name in names.items()} if request.collect_activations else {}
     if steering:
         labels = {**asked.labels, STEERING_LABEL: steering_label(request.steering, steering)}
         asked = asked.model_copy(update={"labels": labels})
-    return asked, plan, spelling
+    return asked, plan, legacy_keys
 
 
 def _check_inline(
@@ -321,7 +321,7 @@ def _check_inline(
     max_tokens: int,
     config: ServerConfig,
 ) -> None:
-    """Refuse values that would make too large a reply, before anything is generated."""
+    """Refuse a request whose reply would contain too many values, before anything is generated."""
     n_rows = plan.count(n_prompt, count_rows(n_prompt, max_tokens))
     per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
     size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
@@ -329,15 +329,15 @@ def _check_inline(
         raise refused(
             "activations.return",
             f"{asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} keys); the limit is "
-            f"{config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a reference, and read "
+            f"{config.max_inline_bytes / 1e6:,.0f} MB. Request fewer rows, keys or max_tokens, or request a reference and read "
             "the rows from the store",
             "reply_too_large",
         )
 
 
 def _check_capture(request: GenerationParams, config: ServerConfig) -> None:
-    """Refuse what this server does not do."""
+    """Refuse capture, steering and probes on a server without capture."""
     asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
     for param, value in asked.items():
         if value and not config.capture:
-            raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
+            raise refused(param, "this server was started without capture (--no-capture)", "no_capture")

@@ -1,9 +1,8 @@
-"""From what a request names to what the engine is given: probes to score with, vectors to add.
+"""Resolves the probes and steering vectors that a request names.
 
-Saved probes are read from folders of this replica's machine that the configuration allows, and from nowhere else; they are
-safetensors and JSON, so reading one runs nothing. Everything is checked here, before anything is queued: that a probe is of
-the served model and revision, that its hook point is there, that widths agree and that numbers are finite in the model's
-dtype.
+Saved probes are read only from folders on this replica's machine that the configuration allows. They are safetensors and
+JSON files, so reading one runs no code. Everything is checked here, before anything is queued: the probe belongs to the
+served model and revision, its hook point exists, widths agree, and numbers are finite in the model's dtype.
 """
 
 import hashlib
@@ -31,20 +30,20 @@ from serve_app.openai_api.probe_params import InlineProbe, NamedProbe, SteeringR
 AskedProbe = str | NamedProbe | InlineProbe
 
 WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name != "router")
-"""Hook points whose rows are as wide as the stream."""
+"""Hook points whose rows have the residual stream's width."""
 
 
 def resolve_probes(model: ServedModel, asked: Sequence[AskedProbe], folders: Sequence[str]) -> tuple[RequestProbe, ...]:
-    """Find the probes that a request asks for.
+    """Resolve the probes of a request.
 
     Raises:
-        ApiError: naming the one that cannot be used, and why.
+        ApiError: if a probe cannot be used; it names the probe and the reason.
     """
     return tuple(_scorer(model, probe, f"probes.{place}", folders) for place, probe in enumerate(asked))
 
 
 def rules_of(asked: Sequence[AskedProbe]) -> list[tuple[StopRule, str]]:
-    """Return when the scores of a request's probes act, each with the field that says so."""
+    """Return the stop rules of a request's probes, each with the name of its field."""
     named = ((place, probe) for place, probe in enumerate(asked) if not isinstance(probe, str))
     return [
         (StopRule(place, probe.stop_when), f"probes.{place}.stop_when")
@@ -56,26 +55,27 @@ def rules_of(asked: Sequence[AskedProbe]) -> list[tuple[StopRule, str]]:
 def resolve_stopping(
     model: ServedModel, rules: Sequence[tuple[StopRule, str]], scorers: Sequence[RequestProbe], min_tokens: int
 ) -> Stopping | None:
-    """Return what the scores of a request's probes do; None for nothing.
+    """Check the stop rules of a request, and return them for the engine; None if there are none.
 
     Args:
         model: the model.
-        rules: when they act, each with the field that says so.
+        rules: the rules, each with the name of its field.
         scorers: the probes.
-        min_tokens: tokens that have to be generated before.
+        min_tokens: number of tokens to generate before a rule may act.
 
     Raises:
-        ApiError: naming the first that cannot act.
+        ApiError: if a rule is not possible; it names the rule's field.
     """
     for rule, param in rules:
         scorer = scorers[rule.probe]
         if (outputs := len(scorer.linear_probe.bias)) > 1:
-            raise refused(param, f"{scorer.name} has {outputs} outputs; only a probe with one can act")
+            raise refused(param, f"{scorer.name} has {outputs} outputs; allowed are probes with one output")
         if rule.when.counts == "reasoning" and model.reasoning_tokens is None:
             raise refused(
                 f"{param}.{'then' if rule.when.then == 'close_reasoning' else 'where'}",
-                f"{model.source.name} does not mark its reasoning: its vocabulary has no tokens {THINK_START} and {THINK_END}; "
-                'allowed are where: "generated" with then: "stop"',
+                f"{model.source.name} does not mark its reasoning (its vocabulary has no tokens {THINK_START} and "
+                f"{THINK_END}); "
+                'allowed is where: "generated" with then: "stop"',
             )
     if not rules:
         return None
@@ -84,8 +84,8 @@ def resolve_stopping(
 
 
 def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[RequestProbe], acted: Sequence[Acted]) -> str:
-    """Say when the scores of a rollout's probes were to act and where they have, as JSON; a probe's numbers by their hash."""
-    said: list[dict[str, Any]] = []
+    """Format a rollout's stop rules, and where they acted, as JSON; an inline probe is named by a hash of its numbers."""
+    entries: list[dict[str, Any]] = []
     for rule, _ in rules_of(asked):
         probe, scorer = asked[rule.probe], scorers[rule.probe]
         done = next((one for one in acted if one.probe == rule.probe), None)
@@ -95,38 +95,38 @@ def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[RequestProbe],
             source["numbers"] = hashlib.sha256(numbers.encode()).hexdigest()[:16]
         when = {**rule.when.model_dump(), "where": rule.when.counts}
         where = {"position": done and done.position, "score": done and done.score}
-        said.append({**source, "key": scorer.key, **when, **where})
-    return json.dumps(said)
+        entries.append({**source, "key": scorer.key, **when, **where})
+    return json.dumps(entries)
 
 
 def resolve_steering(
     model: ServedModel, asked: Sequence[SteeringRequest], folders: Sequence[str]
 ) -> tuple[SteeringVector, ...]:
-    """Find the vectors that a request adds.
+    """Resolve the steering vectors of a request.
 
     Raises:
-        ApiError: naming the one that cannot be added, and why.
+        ApiError: if a vector cannot be added; it names the vector and the reason.
     """
     return tuple(_steering_vector(model, one, f"steering.{place}", folders) for place, one in enumerate(asked))
 
 
 def steering_label(asked: Sequence[SteeringRequest], steering_vectors: Sequence[SteeringVector]) -> str:
-    """Say what a rollout was steered with, as JSON; a vector of the request by a hash of its numbers."""
-    said: list[dict[str, Any]] = []
+    """Format a rollout's steering as JSON; an inline vector is named by a hash of its numbers."""
+    entries: list[dict[str, Any]] = []
     for one, steering_vector in zip(asked, steering_vectors, strict=True):
         if one.probe is not None:
             source = {"probe": one.probe} | ({} if one.output is None else {"output": one.output})
         else:
             source = {"vector": hashlib.sha256(json.dumps(one.vector).encode()).hexdigest()[:16]}
-        said.append({**source, "key": steering_vector.key, "scale": one.scale, "positions": one.positions})
-    return json.dumps(said)
+        entries.append({**source, "key": steering_vector.key, "scale": one.scale, "positions": one.positions})
+    return json.dumps(entries)
 
 
 def saved_scorer(model: ServedModel, name: str, probe: SavedProbe, param: str) -> RequestProbe:
-    """Return what scores rows with a saved probe, checked to be of this model.
+    """Return a scorer for a saved probe, which must be of this model (`check_probe`).
 
     Raises:
-        ApiError: if the model does not have the probe's hook point.
+        ApiError: if the model lacks the probe's hook point.
     """
     card = probe.card
     return RequestProbe(
@@ -158,16 +158,16 @@ def _steering_vector(model: ServedModel, asked: SteeringRequest, param: str, fol
 def make_steering_vector(
     model: ServedModel, asked: SteeringRequest, probe: SavedProbe | None, param: str
 ) -> SteeringVector:
-    """Return what is added to the stream.
+    """Resolve one steering request to a vector for the engine.
 
     Args:
         model: the model.
-        asked: what to add, and where.
-        probe: the saved probe that is named there, checked to be of this model; None if a vector is given.
-        param: what errors name.
+        asked: the vector or probe, and where to add it.
+        probe: the saved probe that the request names, which must be of this model; None if the request has a vector.
+        param: the field that errors name.
 
     Raises:
-        ApiError: naming what does not fit.
+        ApiError: if a field does not fit the model.
     """
     hook_point, layer, direction = asked.hook_point, asked.layer, None
     if probe is not None:
@@ -179,14 +179,14 @@ def make_steering_vector(
         direction = torch.tensor(asked.vector, dtype=torch.float64)
     hook_point = hook_point or "resid_post"
     if hook_point not in WIDE:
-        raise refused(f"{param}.hook_point", f"{hook_point!r} is not one to steer at; allowed are {', '.join(WIDE)}")
+        raise refused(f"{param}.hook_point", f"{hook_point!r} cannot be steered; allowed are {', '.join(WIDE)}")
     if hook_point in LAYER_HOOK_POINTS and layer is None:
-        raise refused(f"{param}.layer", f"is needed, for {hook_point} is in every layer")
+        raise refused(f"{param}.layer", f"required, because every layer has {hook_point}")
     ((key, tap),) = _resolved(model, hook_point, layer, param).items()
     _check_width(model, key, len(direction), f"{param}.{'vector' if asked.probe is None else 'probe'}")
     vector = asked.scale * direction
     if not vector.to(model.dtype).isfinite().all():
-        raise refused(f"{param}.scale", f"what is added does not fit into {str(model.dtype).removeprefix('torch.')}")
+        raise refused(f"{param}.scale", f"the scaled vector overflows {str(model.dtype).removeprefix('torch.')}")
     return SteeringVector(key, tap, vector.to(model.device, torch.float32), Positions.parse(asked.positions))
 
 
@@ -194,23 +194,24 @@ def _direction(probe: SavedProbe, asked: SteeringRequest, param: str) -> Float[T
     outputs = len(probe.weight)
     if asked.output is None and outputs > 1:
         names = ", ".join(f"{i} ({name})" for i, name in enumerate(probe.card.classes))
-        raise refused(param, f"is needed: {asked.probe} has {outputs} directions, {names or f'0–{outputs - 1}'}")
+        raise refused(param, f"required: {asked.probe} has {outputs} directions, {names or f'0–{outputs - 1}'}")
     output = asked.output or 0
     if output >= outputs:
-        raise refused(param, f"{output} is out of range; {asked.probe} has {outputs}")
+        raise refused(param, f"{output} is out of range; {asked.probe} has outputs 0–{outputs - 1}")
     return probe.direction[output].double()
 
 
 def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -> SavedProbe:
-    """Read a saved probe and check that it is of this model."""
+    """Load a saved probe and check that it is of this model."""
     if not folders:
         raise refused(
-            param, "this server has no folder of saved probes; start it with --probes FOLDER, or send numbers"
+            param,
+            "this server has no folder of saved probes; start it with --probes FOLDER, or send the probe's numbers",
         )
     inside, _, name = asked.rpartition("/")
     folder = next((found for base in folders if (found := _inside(Path(base), inside)) is not None), None)
     if folder is None:
-        raise refused(param, f"{asked!r} is not FOLDER/NAME of a probe under {', '.join(folders)}", "probe_not_found")
+        raise refused(param, f"no probe {asked!r} in {', '.join(folders)}; name it as FOLDER/NAME", "probe_not_found")
     try:
         probe = _load(folder, name, (folder / CARDS).stat().st_mtime_ns)
     except (SavedProbeError, OSError) as error:
@@ -220,33 +221,35 @@ def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -
 
 
 def check_probe(model: ServedModel, asked: str, probe: SavedProbe, param: str) -> None:
-    """Refuse a probe that is not of this model.
+    """Refuse a probe of another model or revision.
 
     Raises:
-        ApiError: saying what differs.
+        ApiError: if the model, the revision or the width differs.
     """
     card, source = probe.card, model.source
     for what, its, served in (("model", card.model, source.name), ("revision", card.revision, source.revision)):
         if its != served:
-            raise refused(param, f"{asked} is of {what} {its!r}; this model is {served!r}", "probe_of_another_model")
+            raise refused(
+                param, f"{asked} belongs to {what} {its!r}; this server has {served!r}", "probe_of_another_model"
+            )
     _check_width(model, card.key, len(probe.mean), param)
 
 
 def _inside(base: Path, folder: str) -> Path | None:
-    """Return a folder of probes, None if it is not there or, links followed, not under the base."""
+    """Return a folder of probes; None if it does not exist or, with links resolved, is not inside the base."""
     try:
         found = (base / folder).resolve()
         return found if found.is_relative_to(base.resolve()) and (found / CARDS).is_file() else None
-    except OSError:  # a name that is too long
+    except OSError:  # the name is too long
         return None
 
 
 @lru_cache(maxsize=128)
 def _load(folder: Path, name: str, modified: int) -> SavedProbe:
-    """Load a probe once: it is then one object, which requests are scored with together."""
+    """Load a probe once; requests with the same object are scored together."""
     probe = load_probe(folder, name)
     if not all(part.isfinite().all() for part in (probe.weight, probe.bias, probe.mean, probe.scale)):
-        raise SavedProbeError(f"{folder} is damaged: {name} has numbers that are not finite")
+        raise SavedProbeError(f"{folder} is damaged: {name} contains non-finite numbers")
     return probe
 
 
@@ -260,11 +263,11 @@ def _on(model: ServedModel, probe: SavedProbe) -> LinearProbe:
 
 
 def _tap(model: ServedModel, key: str, param: str) -> Tap:
-    """Return where a stored key is read."""
+    """Return the tap of a stored key."""
     hook_point, layer = split_key(key)
     taps = _resolved(model, hook_point, layer, param)
     if key not in taps:
-        raise refused(param, f"{key!r} is stored as {next(iter(taps))!r} of {model.source.name}; name that")
+        raise refused(param, f"{key!r}: {model.source.name} stores it as {next(iter(taps))!r}; use that name")
     return taps[key]
 
 
@@ -277,7 +280,7 @@ def _resolved(model: ServedModel, hook_point: str, layer: int | None, param: str
 
 
 def _check_width(model: ServedModel, key: str, width: int, param: str) -> None:
-    """Check what is known beforehand: canonical hook points are as wide as the stream."""
+    """Check the width where it is known in advance: canonical hook points have the residual stream's width."""
     d_model = model.structure.d_model
     if split_key(key)[0] in WIDE and width != d_model:
-        raise refused(param, f"is {width} wide; {key} of {model.source.name} is {d_model}")
+        raise refused(param, f"has width {width}; {key} of {model.source.name} has width {d_model}")

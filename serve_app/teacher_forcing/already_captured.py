@@ -1,7 +1,7 @@
-"""Which texts a session holds already, so that a capture that was stopped goes on and one that is done does nothing.
+"""Finds which texts a session already has, so that an interrupted capture continues and a finished one does nothing.
 
-Readers count a rollout once by its key, the latest. So the same key captured in another way (another model, other layers)
-must not go into the same session: it would hide what is there. That is refused, before anything runs.
+Readers count the latest rollout of each key. So the same key must not be captured with other settings (another model, other
+layers) into the same session, where it would hide the existing rollout. That is refused before anything runs.
 """
 
 from collections.abc import Sequence
@@ -13,29 +13,29 @@ from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
 
 class OtherCaptureError(RoentgenError):
-    """The session holds the same rollouts, captured otherwise; the message says what differs."""
+    """The session has the same rollouts, captured with other settings; the message says what differs."""
 
 
 @dataclass(frozen=True)
 class CapturedTexts:
-    """What a session has of some texts."""
+    """The result of comparing texts with a session."""
 
     missing: list[TokenizedTranscript]
     """Texts to capture."""
     changed: int
-    """How many of those it has under the same key with other tokens; readers will count the new ones."""
+    """Number of these texts that the session has with other tokens; readers will count the new ones."""
 
 
 def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], spec: CaptureSpec) -> CapturedTexts:
-    """Compare texts with what a session holds.
+    """Compare texts with a session's rollouts.
 
     Args:
-        session: where they would go; None if there is none yet.
-        texts: what is to be captured.
-        spec: how.
+        session: the session; None if it does not exist yet.
+        texts: the texts to capture.
+        spec: the settings of the capture.
 
     Raises:
-        OtherCaptureError: if the session holds one of them, captured otherwise.
+        OtherCaptureError: if the session has one of them, captured with other settings.
         StoreError: if the session cannot be read.
     """
     if session is None:
@@ -64,7 +64,7 @@ def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], 
 
 def _check_same(session: Session, stored: CaptureSpec, asked: CaptureSpec) -> None:
     differences = [
-        f"{name} {there} there, {here} asked for"
+        f"{name} {there} in the session, {here} requested"
         for name, there, here in (
             ("model", f"{stored.model} ({stored.revision})", f"{asked.model} ({asked.revision})"),
             ("keys", sorted(stored.keys), sorted(asked.keys)),
@@ -72,11 +72,11 @@ def _check_same(session: Session, stored: CaptureSpec, asked: CaptureSpec) -> No
             ("dtype", stored.dtype, asked.dtype),
             ("computed in", stored.computed_in or asked.computed_in, asked.computed_in),
         )
-        # Of several dtypes (a norm may compute in a wider one), the model's is among the stored ones.
+        # A norm may compute in a wider dtype; then the stored dtypes include the model's.
         if there != here and not (name == "dtype" and asked.dtype in stored.dtype.split(", "))
     ]
     if differences:
         raise OtherCaptureError(
-            f"session {session.uri} holds these texts already, captured otherwise: {'; '.join(differences)}. "
-            "Choose another --session: readers would count only the later of the two"
+            f"session {session.uri} already has these texts, captured with other settings: {'; '.join(differences)}. "
+            "Choose another --session, because readers would count only the latest capture"
         )

@@ -1,12 +1,11 @@
 """Runs tokenized texts through an engine without generating, and stores their rows.
 
-Texts go in groups, the longest first, so that those in one forward have similar lengths and a memory that is too small is
-found out at once. A group is what is in this machine's memory, so it is bounded. With `chunk_size` a group passes through
-the model once for every so many layers, and a text's rows are joined afterwards: the device then holds the rows of one
-chunk only, and the store has one rollout per text all the same.
+Texts are processed in groups, the longest first, so that texts in one forward pass have similar lengths and insufficient memory
+is detected at once. A group is in this machine's memory, so its size is bounded. With `chunk_size`, a group passes through the
+model once per chunk of layers, and a text's rows are joined afterwards. The device then holds the rows of only one chunk, and
+the store still gets one rollout per text.
 
-The rollout's last token is fed, though in generation it never is: its log-probability comes with the others, and its row is
-not kept.
+A rollout's last token is fed to the model, unlike in generation, to get its log-probability; its row is not stored.
 """
 
 from collections import deque
@@ -32,12 +31,12 @@ READ_ONLY = Sampling(max_tokens=0, temperature=0)
 
 GROUP_TEXTS = 256
 GROUP_BYTES = 1 << 30
-"""Of the rows of one group, if all positions are kept."""
+"""Maximum size of one group's rows, if all positions are captured."""
 
 
 @dataclass(frozen=True)
 class StoredText:
-    """A text whose rollout is durable."""
+    """A text whose rollout is committed."""
 
     text: TokenizedTranscript
     receipt: Receipt
@@ -53,14 +52,14 @@ class FailedText:
 
 @dataclass(frozen=True)
 class _Read:
-    """What all passes of one text gave."""
+    """The results of all passes of one text."""
 
     rows: CapturedRows
     logprobs: list[float]
 
 
 class TeacherForcing:
-    """Captures texts with one model, in one way, into one session."""
+    """Captures texts with one model and one request into one session."""
 
     def __init__(
         self,
@@ -72,18 +71,18 @@ class TeacherForcing:
         *,
         chunk_size: int | None = None,
     ) -> None:
-        """Resolve what is to be captured.
+        """Resolve the request.
 
         Args:
             model: the model that the engine runs.
-            engine: runs it.
-            writer: of the store; None if rollouts are only to be read.
+            engine: the engine.
+            writer: the store's writer; None if rollouts are only read.
             request: layers, hook points, positions and dtype.
-            session_id: where rollouts go.
-            chunk_size: layers captured per pass; None captures all in one.
+            session_id: session of the rollouts.
+            chunk_size: number of layers per pass; None for all.
 
         Raises:
-            CaptureRequestError: if the model does not have what is asked for.
+            CaptureRequestError: if the model lacks a requested layer or hook point.
         """
         self._model = model
         self._engine = engine
@@ -95,7 +94,7 @@ class TeacherForcing:
 
     @property
     def spec(self) -> CaptureSpec:
-        """What the rollouts will have in common, as far as it is known before a forward."""
+        """The settings that all rollouts share, as far as they are known before a forward pass."""
         dtype = self._model.dtype if self._request.dtype == "model" else f"torch.{self._request.dtype}"
         source, positions = self._model.source, self._request.positions
         return CaptureSpec(
@@ -109,12 +108,12 @@ class TeacherForcing:
         )
 
     def capture(self, texts: Sequence[TokenizedTranscript]) -> Iterator[StoredText | FailedText]:
-        """Capture texts, in groups; yields each as soon as it is durable or has failed. Leaving early cancels the rest.
+        """Capture texts in groups; yields each once it is committed or has failed. Closing the iterator cancels the rest.
 
         Raises:
-            UncapturableError: if a hook point gives no row per token, which all texts share.
+            UncapturableError: if a hook point has no row per token, which concerns all texts.
             EngineStoppedError: if the engine dies.
-            StoreError: if rollouts cannot be written; those yielded before are safe.
+            StoreError: if rollouts cannot be written; those yielded before are committed.
         """
         pending: deque[tuple[TokenizedTranscript, Future[Receipt]]] = deque()
         assert self._writer is not None
@@ -135,10 +134,10 @@ class TeacherForcing:
     def read(
         self, texts: Sequence[TokenizedTranscript]
     ) -> Iterator[tuple[TokenizedTranscript, CapturedRollout | Exception]]:
-        """Read texts, in groups, the longest first; yields each with its rollout, which nothing has stored, or its failure.
+        """Read texts in groups, the longest first; yields each with its rollout, which is not stored, or its exception.
 
         Raises:
-            UncapturableError: if a hook point gives no row per token, which all texts share.
+            UncapturableError: if a hook point has no row per token, which concerns all texts.
             EngineStoppedError: if the engine dies.
         """
         for group in self._groups(texts):
@@ -159,7 +158,7 @@ class TeacherForcing:
             yield group
 
     def _read(self, group: list[TokenizedTranscript]) -> Iterator[tuple[TokenizedTranscript, _Read | Exception]]:
-        """Pass a group through the model, once per chunk of layers; a text is yielded after its last pass."""
+        """Run a group through the model, once per chunk of layers; yields a text after its last pass."""
         logprobs: dict[int, list[float]] = {}
         rows: dict[int, CapturedRows] = {}
         left = dict(enumerate(group))
@@ -178,10 +177,10 @@ class TeacherForcing:
     def _pass(
         self, texts: dict[int, TokenizedTranscript], taps: dict[str, Tap], *, score: bool
     ) -> Iterator[tuple[int, Finished | Exception]]:
-        """Have the engine read some texts; yields each one's result as it comes.
+        """Let the engine read texts; yields each result in order of completion.
 
         Raises:
-            UncapturableError: if a hook point gives no row per token.
+            UncapturableError: if a hook point has no row per token.
             EngineStoppedError: if the engine dies.
         """
         makers = {i: partial(self._job, text, taps, score) for i, text in texts.items()}
@@ -205,7 +204,7 @@ class TeacherForcing:
     def _rollout(self, text: TokenizedTranscript, read: _Read) -> CapturedRollout:
         tensors = {key: read.rows.tensors[key] for key in self._taps}
         dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
-        # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
+        # As in generation, prompt tokens have no log-probability. The model scores all tokens but the first.
         logprobs = np.full(len(text.sequence.token_ids), np.nan, dtype=np.float32)
         if text.sequence.n_completion:
             logprobs[text.sequence.n_prompt :] = read.logprobs[text.sequence.n_prompt - 1 :]
@@ -228,7 +227,7 @@ class TeacherForcing:
 
 
 def layer_chunks(taps: dict[str, Tap], size: int | None) -> list[dict[str, Tap]]:
-    """Split taps into passes of at most `size` layers each; what belongs to no layer goes with the first."""
+    """Split taps into passes of at most `size` layers each; model-wide hook points are in the first pass."""
     layers = list(dict.fromkeys(layer for key in taps if (layer := split_key(key)[1]) is not None))
     size = size or max(len(layers), 1)
     number = {layer: place // size for place, layer in enumerate(sorted(layers))}
@@ -240,12 +239,12 @@ def layer_chunks(taps: dict[str, Tap], size: int | None) -> list[dict[str, Tap]]
 
 
 def _joined(rows: CapturedRows, more: CapturedRows) -> CapturedRows:
-    """Add another pass's keys; both passes selected the same positions of the same text."""
+    """Join the keys of two passes, which have the same positions of the same text."""
     return replace(rows, tensors={**rows.tensors, **more.tensors})
 
 
 def _stored(text: TokenizedTranscript, future: "Future[Receipt]") -> StoredText | FailedText:
-    """Return what came of a commit: a disk that is full stops everything, a rollout that cannot be stored only itself.
+    """Return the result of a commit. A full disk stops the capture; an invalid rollout fails only itself.
 
     Raises:
         StoreError: if the store cannot be written.

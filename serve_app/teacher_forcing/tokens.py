@@ -1,9 +1,9 @@
-"""From a transcript to the tokens a model is fed.
+"""Tokenizes transcripts for a model.
 
-The model's own tokens are taken where they are known (a run's rollout in the store, same model and revision), because a
-text does not always give back the tokens that spelled it. Else a conversation goes through the chat template, raw text
-through the tokenizer as the model expects it, and a completion that ended its turn gets the token that says so. Prompt and
-completion never share a token: that is where generation would have begun.
+The model's own tokens are used if they are known (a run's rollout in the store, of the same model and revision), because
+tokenizing a text does not always reproduce its tokens. Otherwise the chat template renders a conversation, the tokenizer
+encodes raw text as the model expects it, and a completion that ended its turn gets the end-of-turn token. Prompt and
+completion never share a token, because generation would have started between them.
 """
 
 import json
@@ -27,27 +27,27 @@ from serve_app.openai_api.messages import Message
 from serve_app.openai_api.prompt import render
 
 MARKS = ("\n", "a", "0")
-"""What a completion is put behind, to tokenize it as something that does not begin a text."""
+"""Prefixes with which to tokenize a completion that does not start a text."""
 
 
 class UnreadableTextError(RoentgenError):
-    """A transcript cannot be given to this model; the message says why."""
+    """A transcript cannot be tokenized for this model; the message says why."""
 
 
 @dataclass(frozen=True)
 class TokenizedTranscript:
-    """A transcript as the model is fed it."""
+    """A transcript with its tokens."""
 
     transcript: Transcript
-    """What it is of."""
+    """The transcript."""
     sequence: TokenizedText
-    """Its prompt, of at least one token, and its completion."""
+    """Prompt, of at least one token, and completion."""
     exact: bool = False
-    """Whether these are the very tokens that the model sampled, not its text tokenized again."""
+    """Whether these are the tokens that the model sampled, instead of its text tokenized again."""
 
 
 def transcript_tokenizer(model: LoadedModel) -> Callable[[Transcript], TokenizedTranscript]:
-    """Return the function that tokenizes transcripts for a model; it raises `UnreadableTextError` where it cannot."""
+    """Return a function that tokenizes transcripts for a model; it may raise `UnreadableTextError`."""
     end_of_turn = cache(lambda: _end_of_turn(model))
 
     def tokenize(transcript: Transcript) -> TokenizedTranscript:
@@ -64,12 +64,12 @@ def transcript_tokenizer(model: LoadedModel) -> Callable[[Transcript], Tokenized
 
 
 def _tokenize(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[], int | None]) -> TokenizedText:
-    if not all(is_text(said) for said in _words(transcript)):
+    if not all(is_text(text) for text in _words(transcript)):
         raise UnreadableTextError("it contains an unpaired surrogate, which cannot be encoded")
     raw = isinstance(transcript.prompt, str)
     if isinstance(transcript.prompt, str):
         whole = tokenize_text(model.tokenizer, transcript.prompt)
-        # A text that continues does not get what ends a text.
+        # A text with a completion gets no end-of-text token.
         prompt = (whole if transcript.completion is None else whole.opened).prompt
     else:
         prompt = _conversation(model, transcript.prompt)
@@ -81,13 +81,13 @@ def _tokenize(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[
     if transcript.finish_reason == "stop":
         end = model.tokenizer.eos_token_id if raw else end_of_turn()
         if end is None:
-            raise UnreadableTextError(f"it ends with 'stop', and {model.source.name} has no token that says so")
+            raise UnreadableTextError(f"it ends with 'stop', but {model.source.name} has no end-of-turn token")
         completion.append(end)
     return completed(model.tokenizer, prompt, completion, COMPLETION if raw else ASSISTANT)
 
 
 def _words(transcript: Transcript) -> Iterator[str]:
-    """Yield all that is said in a transcript, spelled as JSON where it has parts."""
+    """Yield all texts of a transcript; messages are converted to JSON."""
     if isinstance(transcript.prompt, str):
         yield transcript.prompt
     else:
@@ -102,16 +102,16 @@ def _conversation(model: LoadedModel, messages: tuple[dict[str, Any], ...]) -> T
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UnreadableTextError(f"a message of it cannot be rendered: {where}: {first['msg']}") from error
+        raise UnreadableTextError(f"a message cannot be rendered: {where}: {first['msg']}") from error
     except ApiError as error:
         raise UnreadableTextError(error.message) from error
 
 
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: TokenizedText, transcript: Transcript) -> list[int]:
-    """Tokenize a completion where it stands; apart from the prompt, if a token would otherwise span the prompt's end.
+    """Tokenize a completion together with its prompt, or separately if a token would span the prompt's end.
 
-    Some tokenizers put a space before a text's first word. So apart means behind something else that it shares no token with,
-    if it does not spell the same alone.
+    Some tokenizers add a space before a text's first word. So if tokenizing the completion alone changes its text, it is
+    tokenized after a prefix with which it shares no token.
     """
     completion = transcript.completion or ""
 
@@ -129,20 +129,20 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: TokenizedText, t
         ids[len(lead) :] for mark in MARKS if (ids := encode(mark + completion))[: len(lead := encode(mark))] == lead
     ]
 
-    def spells_it(ids: list[int]) -> bool:
+    def reproduces_it(ids: list[int]) -> bool:
         return decode(tokenizer.backend_tokenizer, ids, after=prompt.token_ids)[0] == completion
 
-    return next(filter(spells_it, (alone, *behind)), alone)
+    return next(filter(reproduces_it, (alone, *behind)), alone)
 
 
 def _end_of_turn(model: LoadedModel) -> int | None:
-    """Return the token that ends the assistant's turn in the model's chat template; models end texts with several."""
+    """Return the token that ends the assistant's turn in the model's chat template; a model may have several such tokens."""
     words = "Indeed."
     try:
         rendered = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": words}, {"role": "assistant", "content": words}], tokenize=False
         )
-    except TemplateError:  # some templates want a system message first
+    except TemplateError:  # some templates require a system message
         return model.tokenizer.eos_token_id
     after = model.tokenizer(str(rendered).rpartition(words)[2], add_special_tokens=False)["input_ids"]
     return next((token for token in after if token in model.eos_token_ids), model.tokenizer.eos_token_id)

@@ -111,7 +111,7 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path, gsm8k_test: Pa
     port = str(free_port("127.0.0.1"))
     up = cloud.roentgen("up", *options, "--port", port, "--infra", "aws")
     assert up.returncode == 0, up.stderr[-6000:]
-    assert "reached through a tunnel too" in up.stderr
+    assert "also reached through a tunnel" in up.stderr
     assert f"roentgen cluster down {NAME}" in up.stdout
     assert cloud.hosts == 1
 
@@ -125,7 +125,7 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path, gsm8k_test: Pa
     on = ("--launch", "--cluster", NAME, "--model", "smollm2-135m", "--port", port, "--skip-sync")
     done = cloud.roentgen("eval", *evaluation, *on, "--transfer-activations", "--output", str(output))
     assert done.returncode == 0, done.stderr[-6000:]
-    assert f"{NAME} was there before and is left running" in done.stderr
+    assert f"{NAME} existed before and keeps running" in done.stderr
     samples = Run(output).read_samples()
     assert [sample.error for sample in samples] == [None] * 4
     session = Session.open(str(output / "activations" / samples[0].rollouts[0].session_id))

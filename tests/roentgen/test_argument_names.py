@@ -35,5 +35,5 @@ def test_an_evaluation_and_a_server_name_their_arguments() -> None:
         roentgen.evaluate(parallel="x")
     with pytest.raises(EvalError, match=r"^scorer: 'nobody' is unknown"):
         roentgen.evaluate(scorer="nobody")
-    with pytest.raises(Exception, match=r"^port -1 is no port"), roentgen.serve(port=-1):
+    with pytest.raises(Exception, match=r"^port -1: not a valid port"), roentgen.serve(port=-1):
         pass

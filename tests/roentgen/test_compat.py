@@ -15,5 +15,5 @@ def test_the_installed_versions_have_all_parts(library: str) -> None:
 )
 def test_a_version_that_lacks_one_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setitem(compat.PARTS, "nnsight", {part: "does something"})
-    with pytest.raises(ImportError, match=r"nnsight 0\.8\.1 cannot be used here: it lacks .*which does something"):
+    with pytest.raises(ImportError, match=r"nnsight 0\.8\.1 is not supported: it lacks .*which does something"):
         compat.check("nnsight")

@@ -22,7 +22,7 @@ def lost(request: Request) -> Response:
 @pytest.mark.parametrize(
     ("client", "text"),
     [
-        (answering(401), "answers 401: the API key is missing or wrong; set ROENTGEN_API_KEY to the server's"),
+        (answering(401), "answers 401: the API key is missing or wrong; set ROENTGEN_API_KEY to the server's key"),
         (answering(403), "answers 403: why it is so"),
         (answering(302), "answers 302: why it is so"),
         (Client(transport=MockTransport(lost)), "fails: HTTPError"),

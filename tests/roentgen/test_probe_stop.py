@@ -159,7 +159,7 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
         ({}, {"lengths": "0"}, OptionError, "lengths"),
         ({}, {"above": "1,x"}, OptionError, "above.*not a comma-separated list of numbers"),
         ({}, {"max_loss": 2}, OptionError, "max_loss"),
-        ({}, {"length": 2}, OptionError, "length: there is no such option; did you mean lengths"),
+        ({}, {"length": 2}, OptionError, "length: unknown option; did you mean lengths"),
         ({}, {"then": "close_reasoning", "where": "generated"}, OptionError, "must be reasoning"),
     ],
 )  # fmt: skip

@@ -73,7 +73,7 @@ def test_errors_are_the_server_s(model: roentgen.Model, server: roentgen.Server)
         )
     swap = httpx2.post(f"{server.base_url}/models/load", json={"model_id": server.config.model})
     assert swap.status_code == 403
-    assert "cannot take the place of a script's own model" in swap.json()["error"]["message"]
+    assert "cannot replace a model that a script has loaded" in swap.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

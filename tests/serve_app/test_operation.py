@@ -285,8 +285,8 @@ def test_what_may_not_or_cannot_be_loaded(served: tuple[Server, RayHome], folder
         ("/etc", {}, 403, "allowed_models"),
         (path, {"trust_remote_code": True}, 403, "trust_remote_code"),
         (path, {"savepoints": [{"name": "a", "selector": "model.__class__()"}]}, 400, "not a selector"),
-        (path, {"savepoints": [{"name": "a", "selector": "model.layers[9]"}]}, 400, "is served as before"),
-        ("/no/such/folder", {}, 404, "is served as before"),
+        (path, {"savepoints": [{"name": "a", "selector": "model.layers[9]"}]}, 400, "is still served"),
+        ("/no/such/folder", {}, 404, "is still served"),
     ):
         reply = load(server, model, **extra)
         assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text

@@ -167,7 +167,7 @@ def test_a_base_url_says_whose_request_it_is(server: Server) -> None:
     rows = Session.open(str(server.store / "addressed")).rollouts()
     keys = ["config_hash", "problem_id", "epoch", "turn"]
     assert sorted(rows[keys].itertuples(index=False, name=None)) == [("addressed", "sum/7 é", 2, n) for n in range(3)]
-    with pytest.raises(openai.NotFoundError, match="there is no run 'other'; make it first"):
+    with pytest.raises(openai.NotFoundError, match="there is no run 'other'; create it first"):
         OpenAI(base_url=f"{server.base_url}/r/other/a/1", api_key="none").models.list()
 
 

@@ -1,6 +1,6 @@
-"""How a stream says that its response has failed: an `error`, and the response as far as it was known.
+"""The events of a failed stream: an `error`, and the response with status `failed`.
 
-OpenAI's clients raise an exception for an event with an error's envelope in it, and others read the fields beside it.
+OpenAI's clients raise an exception for an event with an error envelope; other clients read the event's own fields.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ def failure_events(error: ApiError, sequence_number: int, begun: dict[str, Any])
     """Return a stream's last events.
 
     Args:
-        error: what has failed.
-        sequence_number: of the first of them.
-        begun: the response as the stream began with it.
+        error: the error.
+        sequence_number: number of the first event.
+        begun: the response in the stream's first event.
     """
     kind: ResponseError = {"code": "invalid_prompt", "message": error.message}
     if error.status >= 500:

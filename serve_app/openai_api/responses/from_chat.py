@@ -1,8 +1,8 @@
-"""A chat's reply, spelled as a response and its events.
+"""Converts a chat's reply to a response and its events.
 
-The chat's own `ChatReply` hears the engine and takes its text apart. What it says is turned here into items: its
-reasoning, its words and its calls follow one another, so that one item at a time is open, and the next one closes it. A whole
-reply goes the same way in large pieces, so a response says the same streamed or not.
+The chat's own `ChatReply` receives the engine's events and splits the text. Its output becomes items: reasoning, text and calls
+follow one another, so only one item is open at a time, and the next one closes it. A whole reply takes the same path in large
+pieces, so that a response has the same content whether it is streamed or not.
 """
 
 import time
@@ -32,28 +32,28 @@ from serve_app.openai_api.schemas import (
 )
 
 Events = list[dict[str, Any]]
-"""Each one of `schemas.EVENTS`."""
+"""Events of `schemas.EVENTS`."""
 
 
 @dataclass
 class _OpenItem:
     item: schemas.OutputItem
     place: dict[str, Any]
-    """Which item it is, as its events say it."""
-    said: str = ""
+    """The item's identification in its events."""
+    text: str = ""
     start: int = 0
-    """Where its text begins in the reply's."""
+    """Offset of its text in the reply's text."""
 
 
 class ResponsesReply:
-    """The reply to one request, as it goes on."""
+    """Builds the response to one request."""
 
     def __init__(self, request: ResponsesRequest, chat: ChatReply) -> None:
-        """Begin a reply.
+        """Start a response.
 
         Args:
-            request: what was asked.
-            chat: hears what the engine does.
+            request: the request.
+            chat: the chat's reply, which receives the engine's events.
         """
         self._request = request
         self._chat = chat
@@ -61,10 +61,10 @@ class ResponsesReply:
         self._item: _OpenItem | None = None
         self._sent = 0
         self._scored = ScoredText()
-        self._probed: list[ProbeScores] = []  # scores that no event has carried yet
+        self._probed: list[ProbeScores] = []  # scores that have not been sent yet
 
     def opening(self) -> Events:
-        """Return the events that begin a stream."""
+        """Return the first events of a stream."""
         return [self._state("created"), self._state("in_progress")]
 
     def delta(self, index: int, event: TextDelta) -> Events:
@@ -77,34 +77,34 @@ class ResponsesReply:
         return pieces + self._finish(done)
 
     def closing(self, kept: CaptureFields) -> Events:
-        """Return the last event: the whole response."""
+        """Return the last event, with the whole response."""
         self._response = {**self._response, **kept}
         return [self._state(self._response["status"])]
 
     def whole(self, dones: list[Done], kept: CaptureFields) -> schemas.Response:
-        """Return the reply of a request that is not streamed."""
-        said = self._chat.whole(dones, {})
-        (choice,) = said["choices"]
+        """Return the whole response of a request without streaming."""
+        reply = self._chat.whole(dones, {})
+        (choice,) = reply["choices"]
         message = choice["message"]
-        self._response["prompt_logprobs"] = said["prompt_logprobs"]
+        self._response["prompt_logprobs"] = reply["prompt_logprobs"]
         self._scored.add((choice["logprobs"] or {"content": []})["content"])
-        self._say({"reasoning_content": message.get("reasoning_content", "")})
-        self._say({"content": message["content"] or ""})
+        self._add({"reasoning_content": message.get("reasoning_content", "")})
+        self._add({"content": message["content"] or ""})
         for number, call in enumerate(message.get("tool_calls", [])):
-            self._say({"tool_calls": [{"index": number, "id": call["id"], "function": {**call["function"]}}]})
+            self._add({"tool_calls": [{"index": number, "id": call["id"], "function": {**call["function"]}}]})
         self._finish(dones[0])
         return {**self._response, **kept}
 
     def _chunk(self, chunk: ChatCompletionChunk) -> Events:
-        """Turn a chat's chunk into events."""
+        """Convert a chat's chunk to events."""
         pieces: Events = []
         for choice in chunk["choices"]:
             self._scored.add((choice["logprobs"] or {"content": []})["content"])
             self._probed = _joined(self._probed, choice.get("probes", []))
-            pieces += self._say(choice["delta"])
+            pieces += self._add(choice["delta"])
         return pieces
 
-    def _say(self, delta: ChatDelta) -> Events:
+    def _add(self, delta: ChatDelta) -> Events:
         if thought := delta.get("reasoning_content"):
             return self._more("reasoning", thought)
         if content := delta.get("content"):
@@ -112,25 +112,25 @@ class ResponsesReply:
         return [piece for call in delta.get("tool_calls", []) for piece in self._call(call)]
 
     def _more(self, kind: str, text: str) -> Events:
-        """Go on with the words or the thoughts."""
+        """Continue the text or the reasoning."""
         pieces: Events = []
         if self._item is None or self._item.item["type"] != kind:
             pieces = self._close("completed") + self._open(_empty(kind))
         assert self._item is not None
-        item, self._item.said = self._item, self._item.said + text
+        item, self._item.text = self._item, self._item.text + text
         if not text:
             return pieces
         more: dict[str, Any] = {**item.place, "content_index": 0, "delta": text, **self._take_probed()}
         if kind == "reasoning":
             return [*pieces, self._event("response.reasoning_text.delta", more)]
-        if len(item.said) == len(text):
+        if len(item.text) == len(text):
             item.start = self._scored.find(text, after=THINK_END)
-        scored = self._scored.take(item.start, item.start + len(item.said))
+        scored = self._scored.take(item.start, item.start + len(item.text))
         item.item["content"][0]["logprobs"] += scored  # type: ignore[typeddict-item]
         return [*pieces, self._event("response.output_text.delta", {**more, "logprobs": scored})]
 
     def _call(self, call: ToolCallDelta) -> Events:
-        """Begin a call, or go on with its arguments."""
+        """Start a call, or continue its arguments."""
         pieces: Events = []
         function = call["function"]
         if "id" in call:
@@ -145,14 +145,14 @@ class ResponsesReply:
                 }
             )
         assert self._item is not None
-        self._item.said += function["arguments"]
+        self._item.text += function["arguments"]
         if function["arguments"]:
             more = {**self._item.place, "delta": function["arguments"], **self._take_probed()}
             pieces.append(self._event("response.function_call_arguments.delta", more))
         return pieces
 
     def _open(self, item: schemas.OutputItem) -> Events:
-        """Begin an item; what it says is empty so far."""
+        """Open an item without text."""
         place = {"item_id": item["id"], "output_index": len(self._response["output"])}
         self._item = _OpenItem(item, place)
         self._response["output"].append(item)
@@ -163,19 +163,19 @@ class ResponsesReply:
         return [added, self._event("response.content_part.added", {**place, **deepcopy(_part(item))})]
 
     def _close(self, status: schemas.Status) -> Events:
-        """End the item that is open, if there is one."""
+        """Close the open item, if there is one."""
         if self._item is None:
             return []
-        item, place, said = self._item.item, self._item.place, self._item.said
+        item, place, text = self._item.item, self._item.place, self._item.text
         self._item = None
         item["status"] = status
         if item["type"] == "function_call":
-            item["arguments"] = said
-            all_of_it = {**place, "name": item["name"], "arguments": said}
+            item["arguments"] = text
+            all_of_it = {**place, "name": item["name"], "arguments": text}
             pieces = [self._event("response.function_call_arguments.done", all_of_it)]
         else:
-            item["content"][0]["text"] = said
-            all_of_it = {**place, "content_index": 0, "text": said}
+            item["content"][0]["text"] = text
+            all_of_it = {**place, "content_index": 0, "text": text}
             if item["type"] == "message":
                 all_of_it["logprobs"] = item["content"][0]["logprobs"]
             kind = "output_text" if item["type"] == "message" else "reasoning_text"
@@ -187,10 +187,10 @@ class ResponsesReply:
         return [*pieces, self._event("response.output_item.done", done)]
 
     def _finish(self, done: Done) -> Events:
-        """End the reply, and say in the response how it ended and what it took."""
+        """End the reply, and add its status and usage to the response."""
         finished, response = done.finished, self._response
         cut = finished.finish_reason == "length"
-        pieces = [] if response["output"] else self._more("message", "")  # to say nothing is to say something
+        pieces = [] if response["output"] else self._more("message", "")  # an empty reply has an empty message
         pieces += self._close("incomplete" if cut else "completed")
         response["status"] = "incomplete" if cut else "completed"
         response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
@@ -220,14 +220,14 @@ class ResponsesReply:
     def _state(self, state: str) -> dict[str, Any]:
         return self._event(f"response.{state}", {"response": {**self._response, "output": [*self._response["output"]]}})
 
-    def _event(self, kind: str, said: dict[str, Any]) -> dict[str, Any]:
-        event = {"type": kind, "sequence_number": self._sent, **said}
+    def _event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        event = {"type": kind, "sequence_number": self._sent, **fields}
         self._sent += 1
         return event
 
 
 def _begun(request: ResponsesRequest, created: int) -> schemas.Response:
-    """Return a response that says nothing yet."""
+    """Return a response without output."""
     choice = request.tool_choice
     return {
         "id": _named("resp"),
@@ -282,14 +282,14 @@ def _named(kind: str) -> str:
 
 
 def _joined(earlier: list[ProbeScores], later: list[ProbeScores]) -> list[ProbeScores]:
-    """Put scores of some rows before those of the rows that follow."""
+    """Concatenate the scores of consecutive rows."""
     if not earlier or not later:
         return earlier or later
     return [{**old, "scores": old["scores"] + new["scores"]} for old, new in zip(earlier, later, strict=True)]  # type: ignore[operator]
 
 
 def _count_through(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], marker: str) -> int:
-    """Return how many tokens it takes to the end of a marker; all of them if it never comes."""
+    """Return the number of tokens up to the end of a marker; all of them if it is missing."""
     text = b""
     for count, token in enumerate(token_ids, start=1):
         text += token_bytes(tokenizer, token)

@@ -1,9 +1,9 @@
-"""The `input` of a response: items in, messages out.
+"""Converts the `input` items of a response to chat messages.
 
-A turn of the assistant is several items here (its reasoning, its words, each call) and one message for a chat, so items that
-follow one another are joined: reasoning belongs to what comes after it, calls to the words before them. Items that a server
-wrote come back with whatever that server adds to them (`status`, `annotations`, …), so unknown fields of those are dropped;
-in what a client writes they are refused. Nothing is kept here: a reference to an item has nothing to refer to.
+An assistant's turn consists of several items (reasoning, text, each call) but of one chat message, so adjacent items are
+joined: reasoning with the item after it, calls with the text before them. Items written by a server may contain fields of that
+server (`status`, `annotations`, …), so their unknown fields are dropped; in items written by a client they are refused. The
+server stores no items, so references to items are refused.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from serve_app.openai_api.messages import NAME, Wire
 
 
 class InputText(Wire):
-    """A text part that the client wrote."""
+    """A text part written by the client."""
 
     type: Literal["input_text"]
     text: str
 
 
 class OutputText(Wire):
-    """A text part that a model wrote."""
+    """A text part written by a model."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -31,7 +31,7 @@ class OutputText(Wire):
 
 
 class Refusal(Wire):
-    """A model's refusal: words like others."""
+    """A model's refusal, which is treated as text."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -40,7 +40,7 @@ class Refusal(Wire):
 
 
 class ReasoningText(Wire):
-    """A part of a model's thoughts."""
+    """A part of a model's reasoning."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -52,7 +52,7 @@ _INPUT_PARTS = TypeAdapter(list[InputText])
 
 
 def _read_input(content: Any) -> Any:
-    # Tried here and not as one of a union, so that an error names the field that is wrong.
+    # Validated here instead of as a union, so that an error names the invalid field.
     return _INPUT_PARTS.validate_python(content) if isinstance(content, list) else content
 
 
@@ -82,7 +82,7 @@ OutputContent = Annotated[
 
 
 class InputMessage(Wire):
-    """A message that the client wrote."""
+    """A message written by the client."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer"]
@@ -92,7 +92,7 @@ class InputMessage(Wire):
 
 
 class OutputMessage(Wire):
-    """A message that a model wrote."""
+    """A message written by a model."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -102,7 +102,7 @@ class OutputMessage(Wire):
 
 
 class FunctionCallItem(Wire):
-    """A call that a model made."""
+    """A tool call by a model."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -113,7 +113,7 @@ class FunctionCallItem(Wire):
 
 
 class FunctionCallOutput(Wire):
-    """What a call gave."""
+    """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -123,7 +123,7 @@ class FunctionCallOutput(Wire):
 
 
 class ReasoningItem(Wire):
-    """What a model thought. A summary is not what it thought, and what is encrypted only its own server can read."""
+    """A model's reasoning. Summaries and encrypted reasoning are ignored: only their own server can use them."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -140,34 +140,32 @@ _KINDS: dict[str, type[AnyItem]] = {
 
 
 def _read_item(item: Any) -> Any:
-    """Read an item as what its `type` says it is; a message may leave that out."""
+    """Validate an item by its `type`, which a message may omit."""
     if not isinstance(item, dict):
         return item
     kind = item.get("type") or ("message" if "role" in item else "item_reference")
     if kind == "message":
         return (OutputMessage if item.get("role") == "assistant" else InputMessage).model_validate(item)
     if kind == "item_reference":
-        raise ValueError(
-            "this server keeps no items that one could refer to; send the item itself, as with store: false"
-        )
+        raise ValueError("this server stores no items to refer to; send the item itself, as with store: false")
     if kind not in _KINDS:
-        raise ValueError(f"items are message, {', '.join(_KINDS)}; this one is {str(kind)[:80]!r}")
+        raise ValueError(f"unknown type {str(kind)[:80]!r}; allowed are message, {', '.join(_KINDS)}")
     return _KINDS[kind].model_validate(item)
 
 
 Item = Annotated[AnyItem, BeforeValidator(_read_item, json_schema_input_type=AnyItem)]
-"""One item of the input."""
+"""An input item."""
 
 
 def chat_messages(items: Sequence[AnyItem]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Write items as a chat's messages.
+    """Convert items to chat messages.
 
     Returns:
-        The messages, as a chat request has them, and of each the place of its first item.
+        The messages, and for each the index of its first item.
     """
     messages: list[dict[str, Any]] = []
     places: list[int] = []
-    thoughts: list[str] = []  # of the assistant's turn that comes next
+    thoughts: list[str] = []  # reasoning of the assistant's next turn
 
     def begin(place: int, message: dict[str, Any]) -> None:
         if message["role"] == "assistant" and thoughts:

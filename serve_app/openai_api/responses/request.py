@@ -1,8 +1,7 @@
-"""What a request to `/v1/responses` may say, and the chat request that it is.
+"""The request to `/v1/responses`, and its conversion to a chat request.
 
-The fields that a chat has too are declared once, with the chat's; what is Responses' own is checked here and rewritten. The
-chat request is made when the body is checked, so that nothing that a chat refuses is refused later, and by the name that it
-has here (`renamed`).
+Fields that a chat also has are declared with the chat's; the other fields are checked and converted here. The chat request is
+created during validation, so that errors of the chat are raised early, with this route's parameter names (`renamed`).
 """
 
 import re
@@ -24,7 +23,7 @@ _ITEMS = TypeAdapter(list[Item])
 
 
 def _read_items(given: Any) -> Any:
-    # Tried here and not as one of a union, so that an error names the field that is wrong.
+    # Validated here instead of as a union, so that an error names the invalid field.
     return _ITEMS.validate_python(given) if isinstance(given, list) else given
 
 
@@ -41,7 +40,7 @@ LOGPROBS = "message.output_text.logprobs"
 
 Include = Literal[
     "message.output_text.logprobs",
-    # Of items that no reply of this server has, or that are there in plain words.
+    # Items that this server never returns, or returns unencrypted.
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -53,7 +52,7 @@ Include = Literal[
 
 
 class FunctionTool(Wire):
-    """A function on offer."""
+    """A function that the model may call."""
 
     type: Literal["function"]
     name: str = Field(pattern=NAME)
@@ -62,7 +61,7 @@ class FunctionTool(Wire):
     strict: bool = False
 
     def for_chat(self) -> dict[str, Any]:
-        """Write it as a chat's tool."""
+        """Convert it to a chat's tool."""
         return {"type": "function", "function": self.model_dump(exclude={"type"})}
 
 
@@ -74,7 +73,7 @@ class FunctionChoice(Wire):
 
 
 class ResponseAllowedTools(Wire):
-    """Which of the tools may be called."""
+    """A tool choice that allows a subset of the tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -96,7 +95,7 @@ Choice = Annotated[
 
 
 class TextFormat(Wire):
-    """What the words of a reply must be: any, a JSON object, or JSON that matches a schema."""
+    """The format of the text: any text, a JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(pattern=NAME)] | None = None
@@ -108,19 +107,19 @@ class TextFormat(Wire):
     def _has_its_schema(self) -> Self:
         given = self.model_fields_set - {"type"}
         if self.type != "json_schema" and given:
-            raise ValueError(f"{min(given).rstrip('_')}: only with type json_schema")
+            raise ValueError(f"{min(given).rstrip('_')}: allowed only with type json_schema")
         if self.type == "json_schema" and not given >= {"name", "schema_"}:
-            raise ValueError("schema: json_schema needs a name and a schema")
+            raise ValueError("schema: type json_schema requires name and schema")
         return self
 
     def for_chat(self) -> dict[str, Any]:
-        """Write it as a chat's `response_format`."""
+        """Convert it to a chat's `response_format`."""
         if self.type != "json_schema":
             return {"type": self.type}
         return {"type": self.type, "json_schema": self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)}
 
     def described(self) -> PlainFormat | SchemaFormat:
-        """Say what is asked for, in the reply."""
+        """Return the format as part of the response."""
         if self.type != "json_schema":
             return {"type": self.type}
         return {
@@ -133,14 +132,14 @@ class TextFormat(Wire):
 
 
 class TextOptions(Wire):
-    """`text`: how the words of a reply are to be."""
+    """`text`: the format of the text."""
 
     format: TextFormat = TextFormat(type="text")
     verbosity: Annotated[JsonValue, Only("medium")] = "medium"
 
 
 class Reasoning(Wire):
-    """`reasoning`: how a model is to think. What it thinks is sent whole, so that no summary is made."""
+    """`reasoning`: settings of the reasoning. The whole reasoning is returned, so no summary is made."""
 
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -148,7 +147,7 @@ class Reasoning(Wire):
 
 
 class ResponsesRequest(GenerationParams):
-    """The body of a request for a response; the fields are OpenAI's, and what a chat adds to them (docs/http.md)."""
+    """The body of a request for a response (docs/http.md)."""
 
     input: Input
     instructions: str | None = None
@@ -161,14 +160,14 @@ class ResponsesRequest(GenerationParams):
     include: list[Include] = Field(default=[])
     top_logprobs: Int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
     truncation: Literal["auto", "disabled"] = "disabled"
-    """What does not fit is refused, or with "auto" cut: the prompt's first tokens, as by `truncate_prompt_tokens`."""
+    """A prompt that is too long is refused, or with "auto" truncated at its start, as by `truncate_prompt_tokens`."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     n: Int = Field(default=1, ge=1, le=1)
-    # What this server does anyway.
+    # Parameters without effect.
     background: Annotated[JsonValue, Only(False)] = False
-    max_tool_calls: Annotated[Int, Field(ge=1)] | None = None  # calls of tools that a server runs
+    max_tool_calls: Annotated[Int, Field(ge=1)] | None = None  # concerns tools that a server runs
 
     _chat: ChatRequest = PrivateAttr()
     _places: list[int] = PrivateAttr()
@@ -179,13 +178,15 @@ class ResponsesRequest(GenerationParams):
         if isinstance(body, dict):
             for name in ("previous_response_id", "conversation", "prompt"):
                 if body.get(name) is not None:
-                    raise ValueError(f"{name}: nothing is kept between requests; send the whole conversation as input")
+                    raise ValueError(
+                        f"{name}: the server stores no conversations; send the whole conversation as input"
+                    )
         return body
 
     @model_validator(mode="after")
     def _is_a_chat(self) -> Self:
         if self.top_logprobs and not self.scores_tokens:
-            raise ValueError(f"top_logprobs: only with include: [{LOGPROBS!r}]")
+            raise ValueError(f"top_logprobs: allowed only with include: [{LOGPROBS!r}]")
         items = self.input
         messages: list[dict[str, Any]]
         if isinstance(items, str):
@@ -196,7 +197,7 @@ class ResponsesRequest(GenerationParams):
             messages.insert(0, {"role": "system", "content": self.instructions})
             self._places.insert(0, 0)
         if len(messages) == (self.instructions is not None):
-            raise ValueError("input: it has no message")
+            raise ValueError("input: contains no message")
         shared = {name: getattr(self, name) for name in self.model_fields_set & _SHARED}
         try:
             self._chat = ChatRequest.model_validate({**shared, "messages": messages, **self._rewritten()})
@@ -205,7 +206,7 @@ class ResponsesRequest(GenerationParams):
         return self
 
     def _rewritten(self) -> dict[str, Any]:
-        """Write what a chat spells in another way."""
+        """Return the fields that have another format in a chat request."""
         choice: Any = self.tool_choice
         if isinstance(choice, FunctionChoice):
             choice = _named(choice)
@@ -227,29 +228,29 @@ class ResponsesRequest(GenerationParams):
 
     @property
     def chat(self) -> ChatRequest:
-        """The same as a chat request."""
+        """The request as a chat request."""
         return self._chat
 
     def asking(self, chat: ChatRequest) -> Self:
-        """Return a copy that is another chat request."""
+        """Return a copy with another chat request."""
         copied = self.model_copy()
         copied._chat = chat
         return copied
 
     @property
     def scores_tokens(self) -> bool:
-        """Whether the reply says how likely its tokens were."""
+        """Whether the response contains log-probabilities."""
         return LOGPROBS in self.include
 
     def renamed(self, error: ApiError) -> ApiError:
-        """Return an error about the chat request as one about this, with the names that its parameters have here."""
+        """Return an error about the chat request with this route's parameter names."""
         if error.param is None:
             return error
         name = error.param
         if found := re.match(r"messages\.(\d+)", name):
             place = int(found[1])
-            said_by_instructions = place == 0 and self.instructions is not None
-            here = "instructions" if said_by_instructions else f"input.{self._places[place]}"
+            is_instructions = place == 0 and self.instructions is not None
+            here = "instructions" if is_instructions else f"input.{self._places[place]}"
             name = here + name[found.end() :].replace("tool_call_id", "call_id")
         for there, here in _NAMES:
             name = re.sub(there, here, name)
@@ -272,7 +273,7 @@ _OF_CHATS = {
     "top_logprobs", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"
 }  # fmt: skip
 _SHARED = (GenerationParams.model_fields.keys() | _OF_CHATS) - {"n", "stream_options"}
-"""Fields that a chat has too, and that mean the same there."""
+"""Fields with the same meaning in a chat request."""
 
 
 def _named(choice: FunctionChoice) -> dict[str, Any]:

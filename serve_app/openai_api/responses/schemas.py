@@ -1,4 +1,4 @@
-"""What a response is, whole and as the events of a stream; declared as the replies of `openai_api.schemas` are.
+"""Declares a response and the events of its stream, like the replies in `openai_api.schemas`.
 
 A stream says that the response is created and in progress; then, per item of the output, that it is added, what it says, and
 that it is done; at the end the whole response once more, completed, incomplete (cut by a limit) or, after an error, failed.
@@ -22,11 +22,11 @@ from serve_app.openai_api.schemas import (
 )
 
 Status = Literal["in_progress", "completed", "incomplete"]
-"""Of an item: still being said, said, or cut."""
+"""Status of an item: being generated, complete, or cut off."""
 
 
 class TextContent(TypedDict):
-    """Words of the reply; `logprobs` is empty unless they were asked for (`include`)."""
+    """Text of the reply; `logprobs` is empty unless requested by `include`."""
 
     type: Literal["output_text"]
     text: str
@@ -35,14 +35,14 @@ class TextContent(TypedDict):
 
 
 class ReasoningContent(TypedDict):
-    """Thoughts of the model, as it had them."""
+    """Text of the model's reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
 class MessageItem(TypedDict):
-    """What the model says."""
+    """A message by the model."""
 
     type: Literal["message"]
     id: str
@@ -52,7 +52,7 @@ class MessageItem(TypedDict):
 
 
 class ReasoningOutput(TypedDict):
-    """What the model thinks; nobody summarises it."""
+    """The model's reasoning, without a summary."""
 
     type: Literal["reasoning"]
     id: str
@@ -62,7 +62,7 @@ class ReasoningOutput(TypedDict):
 
 
 class CallItem(TypedDict):
-    """A call that the model makes; `arguments` is JSON unless the reply was cut."""
+    """A tool call by the model; `arguments` is JSON unless the reply was cut off."""
 
     type: Literal["function_call"]
     id: str
@@ -76,20 +76,20 @@ OutputItem = MessageItem | ReasoningOutput | CallItem
 
 
 class InputTokensDetails(TypedDict):
-    """Of the prompt's tokens: how many were found in the prefix cache, and not read again. Writing to it is not counted."""
+    """Details of the input tokens: how many were found in the prefix cache. Writes to the cache are not counted."""
 
     cached_tokens: Count
     cache_write_tokens: Literal[0]
 
 
 class OutputTokensDetails(TypedDict):
-    """Of the tokens written: how many are thoughts, the marks around them included."""
+    """Details of the output tokens: how many are reasoning, including its markers."""
 
     reasoning_tokens: Count
 
 
 class ResponseUsage(TypedDict):
-    """Tokens read and written."""
+    """Token counts."""
 
     input_tokens: Count
     input_tokens_details: InputTokensDetails
@@ -99,20 +99,20 @@ class ResponseUsage(TypedDict):
 
 
 class ResponseError(TypedDict):
-    """Why a stream failed: OpenAI's word for the kind, and what an error's envelope would say."""
+    """The error of a failed stream: OpenAI's code, and the message."""
 
     code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
     message: str
 
 
 class IncompleteDetails(TypedDict):
-    """Why a reply was cut: `max_output_tokens`, or the model's context, which OpenAI calls the same."""
+    """Why a reply was cut off: `max_output_tokens`, which OpenAI also uses for the model's context."""
 
     reason: Literal["max_output_tokens"]
 
 
 class OfferedTool(TypedDict):
-    """A function that was on offer."""
+    """A function that the model could call."""
 
     type: Literal["function"]
     name: str
@@ -122,14 +122,14 @@ class OfferedTool(TypedDict):
 
 
 class ChosenFunction(TypedDict):
-    """A function by its name."""
+    """A function, by its name."""
 
     type: Literal["function"]
     name: str
 
 
 class AllowedChoice(TypedDict):
-    """The functions that were allowed."""
+    """The functions that the model was allowed to call."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -137,7 +137,7 @@ class AllowedChoice(TypedDict):
 
 
 class PlainFormat(TypedDict):
-    """Any words, or any JSON object."""
+    """Any text, or any JSON object."""
 
     type: Literal["text", "json_object"]
 
@@ -153,14 +153,14 @@ class SchemaFormat(TypedDict):
 
 
 class TextConfig(TypedDict):
-    """How the words had to be."""
+    """The required format of the text."""
 
     format: PlainFormat | SchemaFormat
     verbosity: Literal["medium"]
 
 
 class ReasoningConfig(TypedDict):
-    """How the model was to think; no summary is made."""
+    """Settings of the reasoning; no summary is made."""
 
     effort: str | None
     summary: None
@@ -202,13 +202,13 @@ class Response(CaptureFields, StopFields, ProbeFields):
 
 
 class Event(TypedDict):
-    """What every event has: its place in the stream."""
+    """Fields of every event."""
 
     sequence_number: Count
 
 
 class StateEvent(Event):
-    """The response begins, or has ended."""
+    """The response has started or ended."""
 
     type: Literal[
         "response.created",
@@ -221,7 +221,7 @@ class StateEvent(Event):
 
 
 class ItemEvent(Event):
-    """An item of the output begins, or is there as a whole."""
+    """An output item has started or is complete."""
 
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: Count
@@ -229,14 +229,14 @@ class ItemEvent(Event):
 
 
 class ItemPartEvent(Event):
-    """What events about a part of an item have."""
+    """Fields of events about a part of an item."""
 
     item_id: str
     output_index: Count
 
 
 class ContentPartEvent(ItemPartEvent):
-    """A part of a message or of the reasoning begins, or is there as a whole."""
+    """A part of a message or of the reasoning has started or is complete."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
     content_index: Literal[0]
@@ -244,13 +244,13 @@ class ContentPartEvent(ItemPartEvent):
 
 
 class DeltaEvent(ProbeFields, ItemPartEvent):
-    """What the events that say more have: the text, and scores of the probes that have come since the last."""
+    """Fields of events with more text: the text, and probe scores since the last event."""
 
     delta: str
 
 
 class TextDeltaEvent(DeltaEvent):
-    """More words."""
+    """More text of a message."""
 
     type: Literal["response.output_text.delta"]
     content_index: Literal[0]
@@ -258,7 +258,7 @@ class TextDeltaEvent(DeltaEvent):
 
 
 class TextDoneEvent(ItemPartEvent):
-    """All words."""
+    """The complete text of a message."""
 
     type: Literal["response.output_text.done"]
     content_index: Literal[0]
@@ -267,14 +267,14 @@ class TextDoneEvent(ItemPartEvent):
 
 
 class ReasoningDeltaEvent(DeltaEvent):
-    """More thoughts."""
+    """More text of the reasoning."""
 
     type: Literal["response.reasoning_text.delta"]
     content_index: Literal[0]
 
 
 class ReasoningDoneEvent(ItemPartEvent):
-    """All thoughts."""
+    """The complete text of the reasoning."""
 
     type: Literal["response.reasoning_text.done"]
     content_index: Literal[0]
@@ -282,13 +282,13 @@ class ReasoningDoneEvent(ItemPartEvent):
 
 
 class ArgumentsDeltaEvent(DeltaEvent):
-    """More of a call's arguments."""
+    """More of a tool call's arguments."""
 
     type: Literal["response.function_call_arguments.delta"]
 
 
 class ArgumentsDoneEvent(ItemPartEvent):
-    """All of a call's arguments."""
+    """The complete arguments of a tool call."""
 
     type: Literal["response.function_call_arguments.done"]
     name: str
@@ -296,7 +296,7 @@ class ArgumentsDoneEvent(ItemPartEvent):
 
 
 class ErrorEvent(Event):
-    """The stream has failed. OpenAI's clients look for what is wrong here, or in the envelope."""
+    """The stream has failed. OpenAI's clients read the error here, or in the envelope."""
 
     type: Literal["error"]
     code: str | None
@@ -318,4 +318,4 @@ ResponseEvent = (
     | ErrorEvent
 )
 EVENTS: tuple[type, ...] = get_args(ResponseEvent)
-"""Each kind of event."""
+"""All types of events."""

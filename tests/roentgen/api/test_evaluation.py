@@ -23,13 +23,13 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: P
         roentgen.evaluate([], output=tmp_path / "run")
     with pytest.raises(EvalError, match="unknown; allowed are arithmetic, gsm8k"):
         roentgen.evaluate("gsm9k")
-    with pytest.raises(roentgen.RequestError, match=r"capture\.session_id is unknown; allowed are layers"):
+    with pytest.raises(roentgen.RequestError, match=r"capture\.session_id: unknown field; allowed are layers"):
         roentgen.evaluate("arithmetic", capture={"session_id": "s"})
     with pytest.raises(EvalError, match="temperature"):
         roentgen.evaluate("arithmetic", temperature=9)
-    with pytest.raises(EvalError, match=r"^max_token: there is no such option; did you mean max_tokens\?$"):
+    with pytest.raises(EvalError, match=r"^max_token: unknown option; did you mean max_tokens\?$"):
         roentgen.evaluate("arithmetic", max_token=9)
-    with pytest.raises(EvalError, match=r"model: .*Serving.* is none; allowed are a name, .* a Server that runs"):
+    with pytest.raises(EvalError, match=r"model: .*Serving.* is not a model; allowed are a name, .* a running Server"):
         roentgen.evaluate("arithmetic", model=roentgen.serve("smollm2-135m"))  # type: ignore[arg-type]
 
 

@@ -135,7 +135,7 @@ def test_probes_score_every_token(model: roentgen.Model, tmp_path: Path) -> None
     sink = out.scores["own"].clone()
     sink[0] = 1e6
     assert replace(out, scores={"own": sink}).html().count(", 1.0)") > 1  # one row does not leave the others pale
-    with pytest.raises(KeyError, match="'other' has not scored this; there are own, saved"):
+    with pytest.raises(KeyError, match="'other' did not score this rollout; scores: own, saved"):
         out.html("other")
 
 
@@ -160,17 +160,23 @@ def test_steering_adds_what_a_hook_adds(model: roentgen.Model, reference: tr.Pre
             {"capture": {"layers": [0], "hook_points": ["resid_pos"]}},
             "capture.hook_points: 'resid_pos' is not a hook point",
         ),
-        ({"capture": {"session_id": "s"}}, "capture.session_id is unknown; allowed are layers, hook_points, positions"),
+        (
+            {"capture": {"session_id": "s"}},
+            "capture.session_id: unknown field; allowed are layers, hook_points, positions",
+        ),
         ({"capture": {"positions": "first"}}, "capture.positions: 'first' is not a position policy; allowed are all"),
         ({"temperature": 3}, r"temperature: Input should be less than or equal to 2 \(given: '3'\)"),
         ({"tempreature": 1}, "tempreature is unknown or not supported here"),
-        ({"stream": True}, "stream: generate sets it itself"),
+        ({"stream": True}, "stream: not allowed here; generate sets it itself"),
         ({"max_tokens": 450}, r"prompts\[1\]: This model's maximum context length is 512 tokens"),
-        ({"steering": [roentgen.Steer([1.0, 2.0], layer=1)]}, r"steering\[0\].vector: is 2 wide; layers.1.resid_post"),
-        ({"steering": [roentgen.Steer([1.0])]}, r"steering\[0\].layer: is needed"),
+        (
+            {"steering": [roentgen.Steer([1.0, 2.0], layer=1)]},
+            r"steering\[0\].vector: has width 2; layers.1.resid_post",
+        ),
+        ({"steering": [roentgen.Steer([1.0])]}, r"steering\[0\].layer: required"),
         (
             {"steering": [roentgen.Steer([1.0], layer=1, positions="last")]},
-            r"steering\[0\].positions: 'last' does not say",
+            r"steering\[0\].positions: 'last' is not known",
         ),
     ],
 )
@@ -181,7 +187,9 @@ def test_what_cannot_be_is_refused_by_name(model: roentgen.Model, asked: dict[st
 
 def test_a_probe_of_another_model_is_refused(model: roentgen.Model) -> None:
     other = saved_probe(model, revision="another")
-    with pytest.raises(roentgen.RequestError, match=r"steering\[0\]: .* is of revision 'another'; this model is"):
+    with pytest.raises(
+        roentgen.RequestError, match=r"steering\[0\]: .* belongs to revision 'another'; this server has"
+    ):
         model.generate("a", steering=[roentgen.Steer(other, scale=1)])
     with pytest.raises(ValueError, match=r"probes\[1\]: another is called layers.1.resid_post@last_prompt too"):
         model.generate("a", probes=[saved_probe(model), saved_probe(model)])
@@ -191,10 +199,10 @@ def test_a_probe_of_another_model_is_refused(model: roentgen.Model) -> None:
     ("prompts", "asked", "said"),
     [
         ("a", {"probes": [3]}, r"probes\[0\]: 3 \(int\) is no probe; allowed are a SavedProbe"),
-        (["a", 3], {}, r"prompts\[1\]: 3 \(int\) is no prompt; allowed are a text, and a conversation"),
-        (None, {}, r"prompts: None \(NoneType\) is none; allowed are a text, and a conversation"),
-        (b"a", {}, r"prompts: b'a' \(bytes\) is none"),
-        ("a", {"steering": [[1.0]]}, r"steering\[0\]: \[1.0\] \(list\) is no roentgen.Steer"),
+        (["a", 3], {}, r"prompts\[1\]: 3 \(int\) is not a prompt; allowed are a text, and a conversation"),
+        (None, {}, r"prompts: None \(NoneType\) is not a prompt; allowed are a text, and a conversation"),
+        (b"a", {}, r"prompts: b'a' \(bytes\) is not a prompt"),
+        ("a", {"steering": [[1.0]]}, r"steering\[0\]: \[1.0\] \(list\) is not a roentgen.Steer"),
     ],
 )
 def test_what_is_of_another_kind_is_a_type_error(
@@ -283,7 +291,7 @@ def test_what_is_not_there_cannot_be_loaded() -> None:
         roentgen.RequestError, match="dtype: Input should be 'auto', 'float32', 'float16' or 'bfloat16'"
     ):
         roentgen.load("smollm2-135m", dtype="fp8")  # type: ignore[arg-type]
-    with pytest.raises(roentgen.RequestError, match="taps is unknown; allowed are batch_invariant, max_batch"):
+    with pytest.raises(roentgen.RequestError, match="taps: unknown option; allowed are batch_invariant, max_batch"):
         roentgen.load("smollm2-135m", taps=())
     with pytest.raises(roentgen.RequestError, match="/nowhere"):
         roentgen.load(Path("/nowhere"))

@@ -62,7 +62,7 @@ def test_a_run_is_exported_as_its_name_says(tmp_path: Path) -> None:
     done = roentgen.export(run, tmp_path / "new/samples.parquet")
     assert [(table.name, table.rows) for table in done.tables] == [("samples", 3)]
     assert list(pd.read_parquet(done.path)["correct"]) == list(run.samples["correct"])
-    with pytest.raises(ExportError, match=r"output: 'x.csv' says no format"):
+    with pytest.raises(ExportError, match=r"output: 'x.csv' has no known extension"):
         roentgen.export(run, "x.csv")
-    with pytest.raises(ExportError, match="session: only the format hf has it, and this is eval"):
+    with pytest.raises(ExportError, match="session: allowed only with format hf; the format is eval"):
         roentgen.export(run, "x.eval", session="s")

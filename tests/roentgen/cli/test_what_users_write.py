@@ -21,7 +21,7 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["serve", "--port", "99999"], "--port 99999 is no port; allowed are 1 to 65535"),
+        (["serve", "--port", "99999"], "--port 99999: not a valid port; allowed are 1 to 65535"),
         (
             ["serve", "--allow-model", "nope", "--tensor-parallel-size", "2"],
             "tensor_parallel_size: only the vLLM engine supports it; set engine=vllm",
@@ -45,7 +45,7 @@ def run(*arguments: str) -> tuple[int, str]:
         ),
         (["inspect", "./nowhere"], "there is no such folder"),
         (["smoke", "127.0.0.1:99999"], "is not the address of a server"),
-        (["smoke", "127.0.0.1:9"], "nothing answers at 127.0.0.1:9"),
+        (["smoke", "127.0.0.1:9"], "no connection to 127.0.0.1:9"),
         (["doctor", "--port", "99999"], "Invalid value for"),
         (["doctor", "http://127.0.0.1:99999"], "is not the address of a server"),
         (["probe", "train", "nowhere"], "nowhere"),
@@ -53,7 +53,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (["report", "nowhere"], "is not a run directory"),
         (["sessions", "show", "nowhere"], "nowhere"),
         (["sessions", "list", "/proc/1/nowhere"], "nowhere"),
-        (["export", "nowhere", "x.csv"], "says no format"),
+        (["export", "nowhere", "x.csv"], "has no known extension"),
         (["export", "nowhere", "x", "--format", "hf"], "is not a run directory"),
         (["show", "nowhere", "7"], "is not a run directory"),
     ],

@@ -69,10 +69,10 @@ def test_replicas_may_grow_inside_the_cluster() -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"REPLICAS": "3"}, "2 nodes with 0 GPUs have a place for 1 to 2"),
+        ({"REPLICAS": "3"}, "2 nodes with 0 GPUs have room for 1 to 2"),
         ({"REPLICAS": "2", "MAX_REPLICAS": "1"}, "REPLICAS=2 and MAX_REPLICAS=1"),
         ({"REPLICAS": "0"}, "REPLICAS=0"),
-        ({"PORT": "http"}, "PORT=http: allowed is a whole number"),
+        ({"PORT": "http"}, "PORT=http: not an integer"),
     ],
 )
 def test_a_choice_that_cannot_be_is_named(environment: dict[str, str], words: str) -> None:
@@ -81,7 +81,7 @@ def test_a_choice_that_cannot_be_is_named(environment: dict[str, str], words: st
 
 
 def test_a_model_that_takes_more_gpus_than_a_node_has_is_refused() -> None:
-    with pytest.raises(LaunchError, match="have a place for 1 to 0"):
+    with pytest.raises(LaunchError, match="have room for 1 to 0"):
         rendered(2, 1, {"num_gpus": 2}, REPLICAS="1")
 
 
@@ -118,9 +118,9 @@ def serve_that_answers(*statuses: int) -> httpx2.Client:
 def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("roentgen.cloud.deploy.RETRY_S", 0)
     put(serve_that_answers(500, 500, 200), {})
-    with pytest.raises(LaunchError, match="cannot take the roentgen application: why it is so"):
+    with pytest.raises(LaunchError, match="failed to accept the application roentgen: why it is so"):
         put(serve_that_answers(500), {}, timeout_s=0)
-    with pytest.raises(LaunchError, match="refused the roentgen application: 400: why it is so"):
+    with pytest.raises(LaunchError, match="refused the application roentgen: 400: why it is so"):
         put(serve_that_answers(400, 200), {})
 
 

@@ -92,13 +92,13 @@ def test_reuse_takes_the_running_cluster_of_that_name_else_a_new_one() -> None:
 
 def test_a_new_cluster_never_takes_the_name_of_another() -> None:
     assert choose(ClusterSettings(), [OTHER]) is None
-    with pytest.raises(LaunchError, match=r"exists .UP.: use it with --reuse, or choose another --name"):
+    with pytest.raises(LaunchError, match=r"exists .UP.; use it with --reuse, or choose another --name"):
         choose(ClusterSettings(), [RUNNING])
 
 
 def test_nothing_can_be_skipped_on_a_new_cluster() -> None:
     for clusters in ([], [STOPPED]):
-        with pytest.raises(LaunchError, match="nothing is installed on a new cluster"):
+        with pytest.raises(LaunchError, match="not possible on a new cluster"):
             choose(ClusterSettings(skip_sync=True, reuse=True), clusters)
 
 
@@ -196,7 +196,7 @@ def test_down_waits_for_the_provider(sky: StandIn, monkeypatch: pytest.MonkeyPat
     sky.instances = [["i-1", "i-2"], ["i-1", "i-2"], ["i-2"], []]
     said: list[str] = []
     assert sky.down("roentgen", said.append) == ["i-1", "i-2"]
-    assert said[-2:] == ["waiting for aws to end i-1, i-2", "waiting for aws to end i-2"]
+    assert said[-2:] == ["waiting for aws to terminate i-1, i-2", "waiting for aws to terminate i-2"]
     assert sky.calls[0]["words"] == ["down", "--yes", "--graceful", "roentgen"]
 
 
@@ -233,7 +233,9 @@ def test_a_failure_takes_down_what_was_created_and_nothing_else(
             said.append,
         )
     assert ("down" in [call["words"][0] for call in sky.calls]) is down
-    end = {(False, True): "gone", (True, False): "COSTS MONEY until", (False, False): "is left running"}[keep, down]
+    end = {(False, True): "is terminated", (True, False): "COSTS MONEY until", (False, False): "keeps running"}[
+        keep, down
+    ]
     assert end in said[-1]
 
 
@@ -241,7 +243,7 @@ def test_activations_that_would_end_with_the_cluster_are_refused_before_anything
     sky: StandIn, tmp_path: Path
 ) -> None:
     leave = Afterwards(transfer_activations=False, output=tmp_path / "run")
-    with pytest.raises(LaunchError, match="--remote-storage-only: the activations would end with the cluster"):
+    with pytest.raises(LaunchError, match="--remote-storage-only: the activations would be lost with the cluster"):
         launch_and_evaluate(ClusterSettings(), [], leave, sky, lambda _: None)
     assert sky.calls == []
 

@@ -60,7 +60,7 @@ def test_neighbors_of_one_name_are_not_mixed_up(folder: Path) -> None:
     (other / "quiet.py").write_text("def grade(output, problem):\n    return output\n")
     (other / "neighbor.py").write_text("SUFFIX = '!!!'\n")
     assert REGISTRY.find(f"{other}/quiet.py:grade").value("a", None) == "a"  # it does not import it
-    with pytest.raises(ExtensionError, match=rf"{other} has a module 'neighbor'.*\({folder}/neighbor.py\): rename one"):
+    with pytest.raises(ExtensionError, match=rf"{other} has a module 'neighbor'.*\({folder}/neighbor.py\); rename one"):
         REGISTRY.find(f"{other}/loud.py:grade")
     assert sys.modules["neighbor"].SUFFIX == "!"
     (other / "neighbor.py").rename(other / "far.py")
@@ -92,8 +92,8 @@ def test_an_installed_package_declares_names(folder: Path, monkeypatch: pytest.M
     ("name", "said"),
     [
         ("plane", r"'plane' is unknown; allowed are plain, and a reference, module:name .*Did you mean plain\?"),
-        ("graders_under_test:grades", r"there is no 'grades' in .*graders_under_test\.py; it has SUFFIX, grade, Box"),
-        ("no_such_module:grade", "there is no module 'no_such_module', neither in .* nor among the installed packages"),
+        ("graders_under_test:grades", r"graders_under_test\.py has no 'grades'; it defines SUFFIX, grade, Box"),
+        ("no_such_module:grade", "there is no module 'no_such_module' in .* or in the installed packages"),
         ("nowhere.py:grade", r"there is no file .*/nowhere\.py"),
         ("wrong.py:grade", r"wrong\.py cannot be imported: SyntaxError: .*\(line 1\)"),
         ("raising.py:grade", r"raising\.py cannot be imported: ZeroDivisionError: division by zero"),

@@ -100,7 +100,7 @@ def test_texts_are_found_by_what_was_asked_and_answered(session: Session, log: L
     )
     report = join(file, session.uri)
     assert (report.samples, report.matched, report.rollouts, report.changed) == (7, 6, 5, 5)
-    assert report.unmatched == {"no rollout was made under its prompts": [f"{file.stem} line 7 (doc 6)"]}
+    assert report.unmatched == {"no rollout has its prompts": [f"{file.stem} line 7 (doc 6)"]}
     assert labels(session) == {
         "<s>2 + 3 = 5</s>": {"task": "sums", "doc_id": 1, "exact_match,strict": 1.0, "exact_match,loose": 0.0},
         "1 + 1 = 2": {"task": "sums", "doc_id": 2, "exact_match": 1.0},
@@ -118,7 +118,7 @@ def test_scores_that_contradict_each_other_are_not_joined(session: Session, log:
     report = join(file, session.uri, scorers=["match"])
     assert (report.matched, report.changed) == (0, 0)
     (why,) = report.unmatched
-    assert why == "others with other scores asked and were answered the same"
+    assert why == "several samples with different scores have the same prompt and answer"
     assert (
         join(log(sample(2, "1 + 1 =", " 2", match=1.0), sample(9, "1 + 1 =", " 2", match=1.0)), session.uri).matched
         == 0
@@ -152,7 +152,7 @@ def test_some_scorers_and_a_prefix(session: Session, log: Log) -> None:
     file = log(sample(2, "1 + 1 =", " 2", "strict", exact_match=1.0, bleu=3.5))
     assert join(file, session.uri, scorers=["exact_match"], prefix="lm.").labels == ("lm.exact_match,strict",)
     assert labels(session)["1 + 1 = 2"] == {"lm.exact_match,strict": 1.0}
-    with pytest.raises(LogError, match=r"no scores of acc; it has bleu,strict, doc_id, exact_match,strict, task"):
+    with pytest.raises(LogError, match=r"no scores named acc; it has bleu,strict, doc_id, exact_match,strict, task"):
         join(file, session.uri, scorers=["acc"])
 
 
@@ -193,16 +193,16 @@ def test_a_server_s_session_is_labeled_through_the_server(
         assert labels(session)["1 + 1 = 3"] == {"task": "sums", "doc_id": 1, "match": 1.0}
         ids = list(session.rollouts(columns=())["rollout_id"])
         said = client.post(f"{address}/labels", json={"labels": {ids[0]: {"steering": "x"}}}).json()["error"]
-        assert (said["param"], "server's to set" in said["message"]) == (f"labels.{ids[0]}", True)
+        assert (said["param"], "is reserved" in said["message"]) == (f"labels.{ids[0]}", True)
         assert client.post(f"{address}x/labels", json={"labels": {ids[0]: {"a": 1}}}).status_code == 404
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("samples_x.jsonl", "{}", "line 1: no sample of lm-eval"),
-        ("samples_x.jsonl", "[", "line 1: no sample of lm-eval"),
-        ("x.csv", "", "a log is a .eval or .json of inspect_ai, or a samples_….jsonl"),
+        ("samples_x.jsonl", "{}", "line 1: not a sample of lm-eval"),
+        ("samples_x.jsonl", "[", "line 1: not a sample of lm-eval"),
+        ("x.csv", "", "allowed are .eval and .json of inspect_ai"),
         ("other.txt", "", "neither logs of inspect_ai"),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_command_says_what_matched(session: Session, log: Log) -> None:
     assert (
         "1 of 2 samples matched; 1 rollouts have their scores as labels, new in 1: doc_id, match, task" in done.output
     )
-    assert "not matched, no rollout was made under its prompts: samples_sums_2026-11-30 line 2 (doc 6)" in done.output
+    assert "not matched, no rollout has its prompts: samples_sums_2026-11-30 line 2 (doc 6)" in done.output
     nothing = CliRunner().invoke(app, ["join", str(log(sample(6, "never asked", "", match=0.0))), session.uri])
     assert nothing.exit_code == 1
     missing = CliRunner().invoke(app, ["join", "nowhere.eval", session.uri])

@@ -92,7 +92,7 @@ def test_loopback_needs_no_key(host: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.1", "::", "example.org"])
 def test_any_other_address_needs_a_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ROENTGEN_API_KEY", raising=False)
-    with pytest.raises(LaunchError, match="set ROENTGEN_API_KEY, or bind to"):
+    with pytest.raises(LaunchError, match="set ROENTGEN_API_KEY, or use"):
         check_host(host)
     monkeypatch.setenv("ROENTGEN_API_KEY", "secret")
     check_host(host)

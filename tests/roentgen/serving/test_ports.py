@@ -31,7 +31,7 @@ def test_a_listener_is_found_named_and_stopped() -> None:
     try:
         found = wait_for_listener(port)
         assert found.pid == process.pid
-        assert f"port {port} is taken by process {process.pid}" in str(found)
+        assert f"port {port} is used by process {process.pid}" in str(found)
         assert not found.is_ours
         stop(found)
         process.wait(20)

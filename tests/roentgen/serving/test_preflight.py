@@ -95,7 +95,7 @@ def test_what_the_model_cannot_give(folder: Path, capture: Capture, said: str) -
 def test_what_the_machine_does_not_have(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("serve_app.engines.vllm.requirements.installed", lambda: False)
-    with pytest.raises(PreflightError, match="--device: cuda is asked for, and PyTorch finds no CUDA GPU"):
+    with pytest.raises(PreflightError, match="--device: cuda is not available, because PyTorch finds no CUDA GPU"):
         check(folder, device="cuda")
     with pytest.raises(PreflightError, match="engine: vllm is not installed here; use engine=transformers"):
         check(folder, engine="vllm")
@@ -113,7 +113,7 @@ def test_the_layers_of_a_model_of_several_parts_are_those_of_its_text(folder: Pa
 
 @pytest.mark.parametrize("port", [-1, 65_536, 99_999])
 def test_a_number_that_is_no_port(port: int, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=rf"--port {port} is no port; allowed are 1 to 65535"), serving(
+    with pytest.raises(LaunchError, match=rf"--port {port}: not a valid port; allowed are 1 to 65535"), serving(
         ServerConfig(store=str(tmp_path)), port=port
     ):  # fmt: skip
         pass

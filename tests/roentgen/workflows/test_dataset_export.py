@@ -204,14 +204,14 @@ def test_refusals_name_what_to_do(make_run: MakeRun, tmp_path: Path) -> None:
     kept = make_run(keys=())
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
-    with pytest.raises(ExportError, match="full is there already, and not empty; choose another folder"):
+    with pytest.raises(ExportError, match="full exists and is not empty; choose another folder"):
         export_dataset(kept.run, tmp_path / "full")
     run = str(kept.run.path)
     done = RUNNER.invoke(app, ["export", run, str(tmp_path / "x.parquet"), "--public"])
     assert done.exit_code == 2
-    assert "public: only the format hf has it, and this is parquet" in done.output
+    assert "public: allowed only with format hf; the format is parquet" in done.output
     done = RUNNER.invoke(app, ["export", run, str(tmp_path / "folder")])
-    assert "'folder' says no format; allowed are names ending in .parquet and .eval, and the format hf" in done.output
+    assert "'folder' has no known extension; allowed are .parquet and .eval, and format hf" in done.output
 
 
 def test_the_command_is_spelled_with_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_folder_is_sent_to_the_hub(make_run: MakeRun, tmp_path: Path, hub: typ
 def test_a_refused_upload_says_how_to_send_it_again(make_run: MakeRun, tmp_path: Path, hub: type[_Hub]) -> None:
     export_dataset(make_run(keys=()).run, tmp_path / "given")
     hub.refuse = True
-    with pytest.raises(ExportError, match=r"'me/mine' was not sent: .*hf upload me/mine .* --repo-type dataset"):
+    with pytest.raises(ExportError, match=r"'me/mine' was not uploaded: .*hf upload me/mine .* --repo-type dataset"):
         push(tmp_path / "given", "me/mine")
-    with pytest.raises(ExportError, match="was not sent"):
+    with pytest.raises(ExportError, match="was not uploaded"):
         push(tmp_path / "given", "not a/name")

@@ -103,7 +103,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "options", "said"),
     [
-        ({"mode": "with-tools", "revision": "served"}, (), "was answered with tools"),
+        ({"mode": "with-tools", "revision": "served"}, (), "used tools"),
         ({"revision": "other"}, (), "the probe is of smollm2-135m (other)"),
         ({"revision": "served"}, ("--positions", "last"), "is not known while tokens are generated"),
         ({"revision": "served"}, ("--scales", "1,inf"), "not a comma-separated list of numbers"),

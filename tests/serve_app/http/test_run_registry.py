@@ -159,7 +159,7 @@ def test_the_same_run_again_is_the_same_and_another_is_refused(client: TestClien
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("/v1/r/none/a/1/chat/completions", 404, "there is no run 'none'; make it first: POST /v1/runs"),
+        ("/v1/r/none/a/1/chat/completions", 404, "there is no run 'none'; create it first: POST /v1/runs"),
         ("/v1/r/mine/a/0/chat/completions", 400, "epoch: '0' is not"),
         ("/v1/r/mine/a/x/chat/completions", 400, "epoch: 'x' is not"),
         ("/v1/r/mine//1/chat/completions", 400, "problem: it has 0 characters"),
@@ -195,12 +195,12 @@ def test_a_request_may_not_contradict_its_address(client: TestClient, own: dict[
     ("body", "param", "words"),
     [
         ({"activations": {"layers": "some"}}, "activations.layers", ""),
-        ({"activations": {"key": {"config_hash": "c", "problem_id": "p"}}}, "activations.key", "leave it out"),
-        ({"defaults": {"temprature": 1}}, "defaults.temprature", "no route knows"),
+        ({"activations": {"key": {"config_hash": "c", "problem_id": "p"}}}, "activations.key", "not allowed"),
+        ({"defaults": {"temprature": 1}}, "defaults.temprature", "no route has it"),
         ({"defaults": {"temperature": 9}}, "defaults.temperature", "less than or equal to 2"),
-        ({"defaults": {"messages": []}}, "defaults.messages", "each request's own"),
-        ({"defaults": {"probes": []}}, "defaults.probes", "setting of the run"),
-        ({"defaults": {"max_output_tokens": 1, "max_tokens": 1}}, "defaults", "no route takes all"),
+        ({"defaults": {"messages": []}}, "defaults.messages", "set it on each request"),
+        ({"defaults": {"probes": []}}, "defaults.probes", "set it on the run"),
+        ({"defaults": {"max_output_tokens": 1, "max_tokens": 1}}, "defaults", "no single route has all"),
         ({"steering": [{"scale": 1}]}, "steering.0", ""),
         ({"id": ".x"}, "id", "not a session id"),
         ({"layers": [1]}, "layers", "unknown or not supported"),
@@ -232,7 +232,7 @@ def test_what_a_request_says_goes_before_the_run_s() -> None:
 
 def test_an_explicit_key_still_names_one_rollout() -> None:
     key = {"key": {"config_hash": "c", "problem_id": "p"}}
-    with pytest.raises(ValueError, match="a key names one rollout"):
+    with pytest.raises(ValueError, match="a key identifies one rollout"):
         ChatRequest.model_validate({"model": "m", "messages": HI, "n": 2, "activations": key})
 
 

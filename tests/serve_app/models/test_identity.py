@@ -190,5 +190,5 @@ def test_two_models_of_one_name_are_two_to_a_session(model: Path, copy: Path, tm
     rows = [next(iter(Session.open(report.session).activations("layers.2.resid_post"))).values for report in (one, two)]
     assert not torch.equal(*rows)
     run(model, "both")
-    with pytest.raises(CaptureError, match="captured otherwise: model mine"):
+    with pytest.raises(CaptureError, match="captured with other settings: model mine"):
         run(copy, "both")

@@ -84,7 +84,7 @@ def test_every_route_gives_the_same(kind: str, model: LoadedModel, text: str) ->
     expected = tokenizer(text)["input_ids"]
     assert tokenize(model, TokenizeRequest(model="m", prompt=text))["tokens"] == expected
     if not expected:
-        with pytest.raises(ApiError, match="prompt: is empty"):
+        with pytest.raises(ApiError, match="prompt: empty"):
             raw_prompt(tokenizer, text, add_special_tokens=True)
         return
     sent = raw_prompt(tokenizer, text, add_special_tokens=True)

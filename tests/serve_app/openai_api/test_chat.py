@@ -52,7 +52,7 @@ def test_what_is_not_honoured_is_refused_by_name(extra: dict[str, object], param
         ({"logit_bias": {"5": 200}}, "logit_bias.5", "100"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
-        ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tool_choice": "required"}, "tool_choice", "requires tools"),
         (
             {
                 "tools": [TOOL],
@@ -74,7 +74,7 @@ def test_what_is_not_honoured_is_refused_by_name(extra: dict[str, object], param
             "tool_choice",
             "no tool named 'sub'",
         ),
-        ({"activations": {}, "collect_activations": {}}, "activations", "two spellings"),
+        ({"activations": {}, "collect_activations": {}}, "activations", "another name for it"),
         ({"n": 2, "activations": {"key": {"config_hash": "c", "problem_id": "p"}}}, "activations.key", "n > 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"top_p": 0}, "top_p", "greater than 0"),

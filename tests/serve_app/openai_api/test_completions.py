@@ -49,9 +49,9 @@ def test_a_prompt_that_cannot_be_read_is_named_with_the_reason(prompt: Any, para
 @pytest.mark.parametrize(
     ("biases", "reason"),
     [
-        ({"a": 1, "5": 1, "-3": 2, "1.5": 0}, "'a', '-3', '1.5' cannot be one"),
-        ({f"w{i}": 1 for i in range(12)}, "'w9' and 2 more cannot be one"),
-        ({"5": 1, " 5": 2}, "there twice"),
+        ({"a": 1, "5": 1, "-3": 2, "1.5": 0}, "'a', '-3', '1.5' is not allowed"),
+        ({f"w{i}": 1 for i in range(12)}, "'w9' and 2 more is not allowed"),
+        ({"5": 1, " 5": 2}, "the same token id"),
     ],
 )
 def test_every_bias_of_no_token_is_named(biases: dict[str, float], reason: str) -> None:

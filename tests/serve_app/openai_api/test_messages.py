@@ -98,7 +98,7 @@ def test_functions_are_the_tools_of_old() -> None:
     result = Message.model_validate({"role": "function", "name": "add", "content": "3"})
     assert (called.tool_calls[0].function.name, result.role, result.content) == ("add", "tool", "3")
     check_tool_results([called, result])
-    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'function_sub' answers no call"):
+    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'function_sub' is not a call of"):
         check_tool_results([called, Message.model_validate({"role": "function", "name": "sub", "content": "3"})])
 
 
@@ -106,11 +106,11 @@ def test_functions_are_the_tools_of_old() -> None:
     ("message", "where", "words"),
     [
         ({"role": "robot", "content": ""}, "role", "'tool'"),
-        ({"role": "user"}, "", "content: it is missing"),
-        ({"role": "user", "content": None}, "", "content: it is missing"),
+        ({"role": "user"}, "", "content: required"),
+        ({"role": "user", "content": None}, "", "content: required"),
         ({"role": "tool", "content": "3"}, "", "tool_call_id"),
         ({"role": "user", "content": "3", "tool_call_id": "x"}, "", "tool_call_id"),
-        ({"role": "user", "content": "3", "tool_calls": [CALL]}, "", "tool_calls: only an assistant's"),
+        ({"role": "user", "content": "3", "tool_calls": [CALL]}, "", "tool_calls: allowed only in an assistant's"),
         ({"role": "assistant", "content": "3", "audio": {"id": "a"}}, "audio", "Extra"),
         ({"role": "assistant", "content": "3", "prefix": True}, "prefix", "Extra"),
         (
@@ -134,9 +134,9 @@ def test_results_answer_the_calls_before_them() -> None:
         return Message(role="tool", content="3", tool_call_id=call)
 
     check_tool_results([asked, result("call_2"), result("call_1")])
-    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'call_3' .* unanswered there: call_1, call_2"):
+    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'call_3' .* its unanswered calls: call_1, call_2"):
         check_tool_results([asked, result("call_3")])
-    with pytest.raises(ValueError, match=r"messages.2.tool_call_id: 'call_1' answers no call"):
+    with pytest.raises(ValueError, match=r"messages.2.tool_call_id: 'call_1' is not a call of"):
         check_tool_results([asked, result("call_1"), result("call_1")])
 
 
@@ -155,8 +155,8 @@ def test_a_tool_without_parameters_takes_no_arguments() -> None:
         (Tool, {"type": "custom", "function": {"name": "a"}}, "type", "'function'"),
         (ToolChoice, {"type": "function", "function": {}}, "function.name", "required"),
         (ToolChoice, "maybe", "literal['none','auto','required']", "'required'"),
-        (ResponseFormat, {"type": "json_schema"}, "", "json_schema goes with"),
-        (ResponseFormat, {"type": "text", "json_schema": {"name": "a"}}, "", "json_schema goes with"),
+        (ResponseFormat, {"type": "json_schema"}, "", "json_schema is required with"),
+        (ResponseFormat, {"type": "text", "json_schema": {"name": "a"}}, "", "json_schema is required with"),
         (ResponseFormat, {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}, "json_schema.schema", "dict"),
     ],
 )  # fmt: skip

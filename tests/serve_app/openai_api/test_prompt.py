@@ -61,7 +61,7 @@ def test_a_template_that_rewrites_history_has_one_segment() -> None:
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'roles' + 3 }}"])
 def test_a_template_that_refuses_is_quoted(template: str) -> None:
-    with pytest.raises(ApiError, match=r"chat template refuses them: .*(roles must|str)") as caught:
+    with pytest.raises(ApiError, match=r"chat template of tiny refuses them: .*(roles must|str)") as caught:
         render(words_with(template), TALK, "tiny")
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
@@ -149,7 +149,7 @@ def test_a_history_of_calls_needs_no_tools() -> None:
 
 
 def test_a_result_of_no_call_is_refused() -> None:
-    with pytest.raises(ApiError, match=r"messages\.1\.tool_call_id: 'x' answers no call") as caught:
+    with pytest.raises(ApiError, match=r"messages\.1\.tool_call_id: 'x' is not a call of") as caught:
         render(tiny.tokenizer(), [CALLED[0], CALLED[3]], "tiny")
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
@@ -169,7 +169,9 @@ def test_variables_that_are_not_the_client_s_are_refused(name: str) -> None:
     words = words_with(
         QWEN + "{{ bos_token }}{% generation %}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}"
     )
-    with pytest.raises(ApiError, match=f"{name}' is not a variable .* to be set; it has enable_thinking$") as caught:
+    with pytest.raises(
+        ApiError, match=f"{name}' may not be set for the chat template of tiny; allowed are enable_thinking$"
+    ) as caught:
         render(words, TALK, "tiny", template_kwargs={name: False})
     assert (caught.value.status, caught.value.param) == (400, "chat_template_kwargs")
 

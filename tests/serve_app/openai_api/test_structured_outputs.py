@@ -87,15 +87,15 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(outputs: dict[str, o
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"structured_outputs": {}}, "there is none"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "there are regex, choice"),
+        ({"structured_outputs": {}}, "found none"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "found regex, choice"),
         ({"structured_outputs": {"regex": {"1": "a"}}}, "string"),
         ({"structured_outputs": {"choice": [""]}}, "empty text"),
-        ({"structured_outputs": {"json": "{"}}, "no JSON"),
+        ({"structured_outputs": {"json": "{"}}, "not valid JSON"),
         ({"structured_outputs": {"regex": "a", "whitespace_pattern": " "}}, "Extra inputs"),
-        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "two spellings"),
+        ({"structured_outputs": {"regex": "a"}, "guided_regex": "a"}, "another name for it"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice, guided_regex"),
-        ({"guided_choice": ["a"], "ignore_eos": True}, "ends where the grammar ends"),
+        ({"guided_choice": ["a"], "ignore_eos": True}, "not allowed with a grammar"),
     ],
 )
 def test_what_makes_no_sense_is_refused(extra: dict[str, object], words: str) -> None:

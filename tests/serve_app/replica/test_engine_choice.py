@@ -83,7 +83,7 @@ def test_gpus_that_no_node_has_are_said_to_be_waited_for(
     build(ServerConfig(engine="vllm", tensor_parallel_size=3))
     assert not caplog.messages
     build(ServerConfig(engine="vllm", tensor_parallel_size=4))
-    assert caplog.messages == ["tensor_parallel_size: a replica waits for a node with 4 GPUs; here none has over 3"]
+    assert caplog.messages == ["tensor_parallel_size: a replica waits for a node with 4 GPUs; no node has more than 3"]
 
 
 def settings(**changed: object) -> VllmSettings:

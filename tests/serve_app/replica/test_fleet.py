@@ -66,14 +66,14 @@ def replicas(handle: Any = None) -> Replicas:
     ],
 )
 def test_only_a_lost_replica_is_one_that_was_lost(error: Exception, status: int, code: str | None, words: str) -> None:
-    with pytest.raises(ApiError) as caught, replicas().asked():
+    with pytest.raises(ApiError) as caught, replicas().api_errors():
         raise error
     assert (caught.value.status, caught.value.code, words in caught.value.message) == (status, code, True)
     assert (caught.value.retry_after_s is None) == (status == 500)
 
 
 def test_a_reason_that_is_no_text_can_be_sent_all_the_same() -> None:
-    with pytest.raises(ApiError) as caught, replicas().asked():
+    with pytest.raises(ApiError) as caught, replicas().api_errors():
         raise raised(ValueError("half \ud83d"))
     caught.value.message.encode()
     assert "half \\ud83d" in caught.value.message
@@ -81,7 +81,7 @@ def test_a_reason_that_is_no_text_can_be_sent_all_the_same() -> None:
 
 @pytest.mark.parametrize("error", [TaskCancelledError(), RequestCancelledError("r"), raised(TaskCancelledError())])
 def test_what_was_cancelled_because_its_client_left_is_no_error(error: Exception) -> None:
-    with pytest.raises(asyncio.CancelledError), replicas().asked():
+    with pytest.raises(asyncio.CancelledError), replicas().api_errors():
         raise error
 
 

@@ -351,7 +351,7 @@ REFUSED = [
     ({"stop_token_ids": [257]}, 400, "stop_token_ids", "257 is out of vocabulary"),
     ({"activations": {"layers": [7]}}, 400, "activations.layers", "out of range"),
     ({"activations": {"layers": [1], "return": "full"}, "max_tokens": 100}, 400, "activations.return", "limit is 0 MB"),
-    ({"activations": {"layers": []}}, 400, "activations.layers", "nothing to keep"),
+    ({"activations": {"layers": []}}, 400, "activations.layers", "nothing to capture"),
     ({"model": "other"}, 404, "model", "not served here"),
 ]  # fmt: skip
 

@@ -180,7 +180,7 @@ async def test_steering_with_a_completion_and_several_choices(replica: ModelRepl
     assert steered[0] == pytest.approx(steered[1])
 
 
-NOT_HERE = "is not FOLDER/NAME of a probe under"
+NOT_HERE = "no probe .* name it as FOLDER/NAME"
 REFUSED: list[tuple[Body, str, str]] = [
     ({"probes": [f"../outside/{NAME}"]}, "probes.0", NOT_HERE),
     ({"probes": [f"link/{NAME}"]}, "probes.0", NOT_HERE),
@@ -188,23 +188,23 @@ REFUSED: list[tuple[Body, str, str]] = [
     ({"probes": ["a" * 900 + f"/{NAME}"]}, "probes.0", NOT_HERE),
     ({"probes": ["nothing"]}, "probes.0", NOT_HERE),
     ({"probes": [f"correct/{NAME}", "correct/embed@last"]}, "probes.1", r"has no probe 'embed@last'; it has layers\.1"),
-    ({"probes": [f"other/{NAME}"]}, "probes.0", "is of model 'm'; this model is"),
-    ({"probes": ["other/embed@last_prompt"]}, "probes.0", "is of revision 'r2'"),
-    ({"probes": [f"narrow/{NAME}"]}, "probes.0", r"is 31 wide; layers\.1\.resid_post of .* is 32"),
+    ({"probes": [f"other/{NAME}"]}, "probes.0", "belongs to model 'm'; this server has"),
+    ({"probes": ["other/embed@last_prompt"]}, "probes.0", "belongs to revision 'r2'"),
+    ({"probes": [f"narrow/{NAME}"]}, "probes.0", r"has width 31; layers\.1\.resid_post of .* has width 32"),
     ({"probes": ["deep/layers.7.resid_post@last_prompt"]}, "probes.0", "7 is out of range"),
     ({"probes": [{"name": "x", "key": "layers.1.resid_pst", "weight": VECTOR}]}, "probes.0.key", "is not a hook point"),
-    ({"probes": [{"name": "x", "key": "layers.1.input_layernorm.output", "weight": VECTOR}]}, "probes.0.key", "stored as"),
-    ({"probes": [{"name": "x", "key": "layers.1.ln_mlp", "weight": [1.0]}]}, "probes.0.weight", "is 1 wide"),
-    ({"probes": [{"name": "x", "key": "layers.1.mlp.gate_proj.output", "weight": [1.0]}]}, "probes", "a row of 1 per token"),
-    ({"steering": [{"probe": f"other/{NAME}", "scale": 1}]}, "steering.0.probe", "is of model 'm'"),
+    ({"probes": [{"name": "x", "key": "layers.1.input_layernorm.output", "weight": VECTOR}]}, "probes.0.key", "stores it as"),
+    ({"probes": [{"name": "x", "key": "layers.1.ln_mlp", "weight": [1.0]}]}, "probes.0.weight", "has width 1"),
+    ({"probes": [{"name": "x", "key": "layers.1.mlp.gate_proj.output", "weight": [1.0]}]}, "probes", "no row of 1 values"),
+    ({"steering": [{"probe": f"other/{NAME}", "scale": 1}]}, "steering.0.probe", "belongs to model 'm'"),
     ({"steering": [{"probe": THREE, "scale": 1}]}, "steering.0.output", r"3 directions, 0 \("),
     ({"steering": [{"probe": f"correct/{NAME}", "output": 1, "scale": 1}]}, "steering.0.output", "1 is out of range"),
-    ({"steering": [{"probe": GATE, "scale": 1}]}, "steering.0.hook_point", "is not one to"),
-    ({"steering": [{"vector": VECTOR, "scale": 1}]}, "steering.0.layer", "is needed"),
+    ({"steering": [{"probe": GATE, "scale": 1}]}, "steering.0.hook_point", "cannot be steered"),
+    ({"steering": [{"vector": VECTOR, "scale": 1}]}, "steering.0.layer", "required"),
     ({"steering": [{"vector": VECTOR, "layer": 3, "scale": 1}]}, "steering.0", "3 is out of range"),
-    ({"steering": [{"vector": VECTOR[:5], "layer": 1, "scale": 1}]}, "steering.0.vector", "is 5 wide"),
-    ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1e39}]}, "steering.0.scale", "does not fit into float32"),
-    ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1, "hook_point": "router"}]}, "steering.0.hook_point", "is not one"),
+    ({"steering": [{"vector": VECTOR[:5], "layer": 1, "scale": 1}]}, "steering.0.vector", "has width 5"),
+    ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1e39}]}, "steering.0.scale", "overflows float32"),
+    ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1, "hook_point": "router"}]}, "steering.0.hook_point", "be steered"),
     ({"steering": 2 * [{"vector": VECTOR, "layer": 1, "scale": 3e38}]}, "steering", "use a smaller scale"),
 ]  # fmt: skip
 
@@ -231,7 +231,7 @@ async def test_a_damaged_probe_and_one_that_is_trained_anew(replica: ModelReplic
     again = (await chat(replica, probes=[f"correct/{NAME}"]))["reply"]["choices"][0]["probes"][0]["scores"]
     np.testing.assert_allclose(again, 2 * np.array(first), rtol=1e-4, atol=1e-4)
     save_probes(folder, [SavedProbe(saved.weight * torch.nan, saved.bias, saved.mean, saved.scale, saved.card)])
-    assert "not finite" in (await chat(replica, probes=[f"correct/{NAME}"]))["error"]["message"]
+    assert "non-finite" in (await chat(replica, probes=[f"correct/{NAME}"]))["error"]["message"]
     (folder / TENSORS).write_bytes(b"torn")
     os.utime(folder / CARDS, (1, 1))
     assert "damaged" in (await chat(replica, probes=[f"correct/{NAME}"]))["error"]["message"]
@@ -239,19 +239,19 @@ async def test_a_damaged_probe_and_one_that_is_trained_anew(replica: ModelReplic
 
 INVALID: list[tuple[Body, str, str]] = [
     ({"probes": [f"{i}/x" for i in range(17)]}, "probes", "at most 16"),
-    ({"probes": ["a/x", "a/x"]}, "probes", "two have one name"),
+    ({"probes": ["a/x", "a/x"]}, "probes", "have the same name"),
     ({"probes": ["a\0/x"]}, "probes.0", "pattern"),
     ({"probes": [{"name": "x", "key": "embed", "weight": [float("nan")]}]}, "probes.0.weight.0", "finite"),
     ({"probes": [{"name": "x", "key": "embed", "weight": [1], "mean": [1, 2]}]}, "probes.0", "mean: has 2 numbers"),
-    ({"probes": [{"name": "x", "key": "embed", "weight": [1], "scale": [0]}]}, "probes.0", "divided by 0"),
-    ({"steering": [{"scale": 1}]}, "steering.0", "either a saved probe or a vector"),
-    ({"steering": [{"scale": 1, "probe": "x", "vector": [1]}]}, "steering.0", "either a saved probe or a vector"),
+    ({"probes": [{"name": "x", "key": "embed", "weight": [1], "scale": [0]}]}, "probes.0", "0 is not allowed"),
+    ({"steering": [{"scale": 1}]}, "steering.0", "exactly one of probe and vector"),
+    ({"steering": [{"scale": 1, "probe": "x", "vector": [1]}]}, "steering.0", "exactly one of probe and vector"),
     ({"steering": [{"scale": float("inf"), "vector": [1]}]}, "steering.0.scale", "finite"),
-    ({"steering": [{"scale": 1, "vector": [1], "positions": "last"}]}, "steering.0.positions", "while they are made"),
-    ({"steering": [{"scale": 1, "vector": [1], "positions": "mean_prompt"}]}, "steering.0.positions", "while they are made"),
+    ({"steering": [{"scale": 1, "vector": [1], "positions": "last"}]}, "steering.0.positions", "is not known while"),
+    ({"steering": [{"scale": 1, "vector": [1], "positions": "mean_prompt"}]}, "steering.0.positions", "is not known while"),
     ({"steering": [{"scale": 1, "vector": [1] * 65_537}]}, "steering.0.vector", "at most 65536"),
     ({"steering": [{"scale": 1, "vector": [1], "when": "now"}]}, "steering.0.when", "unknown"),
-    ({"activations": {"labels": {"steering": "none"}}}, "activations.labels", "the server's to set"),
+    ({"activations": {"labels": {"steering": "none"}}}, "activations.labels", "is reserved"),
 ]  # fmt: skip
 
 

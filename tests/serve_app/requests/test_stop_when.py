@@ -171,9 +171,9 @@ REFUSED: list[tuple[Body, str, str]] = [
     (
         {"probes": [{"probe": THREE, "stop_when": {"above": 0}}]},
         "probes.0.stop_when",
-        "3 outputs; only a probe with one",
+        "3 outputs; allowed are probes with one",
     ),
-    ({"probes": [{"probe": "nothing/x", "stop_when": {"above": 0}}]}, "probes.0.probe", "is not FOLDER/NAME"),
+    ({"probes": [{"probe": "nothing/x", "stop_when": {"above": 0}}]}, "probes.0.probe", "name it as FOLDER/NAME"),
 ]
 
 
@@ -204,10 +204,10 @@ INVALID: list[tuple[Body, str, str]] = [
     ({"probes": [{"probe": "a/x", "stop_when": {}}]}, "probes.0.stop_when.above", "required"),
     ({"probes": [{**EVERY, "stop_when": {"above": float("nan")}}]}, "probes.0.stop_when.above", "finite"),
     ({"probes": [stops(1, where="prompt")]}, "probes.0.stop_when.where", "'generated' or 'reasoning'"),
-    ({"probes": [stops(1, then="close_reasoning", where="generated")]}, "probes.0.stop_when", "only the reasoning"),
+    ({"probes": [stops(1, then="close_reasoning", where="generated")]}, "probes.0.stop_when", "must be"),
     ({"probes": [{"probe": "a/x", "when": 1}]}, "probes.0.when", "unknown"),
-    ({"probes": ["a/x", {"probe": "a/x"}]}, "probes", "two have one name"),
-    ({"activations": {"labels": {"stop_when": "never"}}}, "activations.labels", "the server's to set"),
+    ({"probes": ["a/x", {"probe": "a/x"}]}, "probes", "have the same name"),
+    ({"activations": {"labels": {"stop_when": "never"}}}, "activations.labels", "is reserved"),
 ]  # fmt: skip
 
 

@@ -40,10 +40,10 @@ def test_a_text_that_has_changed_is_captured_again(force, engine, llama, tmp_pat
     [
         (
             {"layers": [1]},
-            r"keys \['embed', 'layers.0.resid_post'.*\] there, \['embed', 'layers.1.resid_post'\] asked for",
+            r"keys \['embed', 'layers.0.resid_post'.*\] in the session, \['embed', 'layers.1.resid_post'\] requested",
         ),
-        ({"positions": "last"}, "positions all there, last asked for"),
-        ({"dtype": "bfloat16"}, r"dtype torch\.float32 there, torch\.bfloat16 asked for"),
+        ({"positions": "last"}, "positions all in the session, last requested"),
+        ({"dtype": "bfloat16"}, r"dtype torch\.float32 in the session, torch\.bfloat16 requested"),
     ],
 )
 def test_the_same_texts_captured_otherwise_are_refused(force, engine, llama, tmp_path, texts, asked, words):
@@ -57,7 +57,7 @@ def test_another_models_reading_is_refused_and_other_texts_are_not(force, engine
     forcing = force(llama, engine)
     list(forcing.capture(texts[:1]))
     session, other = Session.open(tmp_path / "s"), forcing.spec.model_copy(update={"revision": "1"})
-    with pytest.raises(OtherCaptureError, match=r"model tiny-llama \(0\) there, tiny-llama \(1\) asked for"):
+    with pytest.raises(OtherCaptureError, match=r"model tiny-llama \(0\) in the session, tiny-llama \(1\) requested"):
         find_missing(session, texts, other)
     assert find_missing(session, texts[1:], other).missing == texts[1:]
 
@@ -68,7 +68,9 @@ def test_what_was_computed_in_another_dtype_is_another_capture(force, engine, ll
     list(forcing.capture(texts[:1]))
     session = Session.open(tmp_path / "s")
     other = force(replace(llama, dtype=torch.bfloat16), engine, dtype="float32")
-    with pytest.raises(OtherCaptureError, match=r"computed in torch\.float32 there, torch\.bfloat16 asked for"):
+    with pytest.raises(
+        OtherCaptureError, match=r"computed in torch\.float32 in the session, torch\.bfloat16 requested"
+    ):
         find_missing(session, texts, other.spec)
     unsaid = forcing.spec.model_copy(update={"computed_in": None})  # as shards from before
     session.spec = lambda shard: unsaid
