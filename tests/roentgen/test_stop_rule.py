@@ -98,7 +98,7 @@ def test_reasoning_is_between_its_marks_and_comes_once(
         ({"above": 0, "where": "prompt"}, "where", "'generated' or 'reasoning'"),
         ({"above": 0, "then": "go"}, "then", "'stop' or 'close_reasoning'"),
         ({"above": 0, "below": 1}, "below", "Extra inputs"),
-        ({"above": 0, "then": "close_reasoning", "where": "generated"}, "", "only the reasoning can be closed"),
+        ({"above": 0, "then": "close_reasoning", "where": "generated"}, "", "must be"),
     ],
 )
 def test_what_is_not_allowed_is_refused_by_name(fields: dict[str, object], field: str, message: str) -> None:
