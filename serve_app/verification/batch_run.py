@@ -1,8 +1,8 @@
-"""Runs the mix in an engine, joining and leaving at moments that are the same each time.
+"""Runs the requests of a verification in an engine, which they join and leave in a reproducible order.
 
-The clock is the engine's own forwards: at every fourth one two more requests arrive, and one is cancelled a few forwards after
-its arrival, so a verification runs the same way on a fast model and on a slow one. The engine has fewer places than there
-are requests: places are used again, also the one that the cancelled request has left.
+The engine's own forward passes are the clock: at every fourth one, two more requests arrive, and one request is cancelled some
+forward passes after its arrival. So a verification runs in the same way on a fast and on a slow model. The batch is smaller
+than the number of requests, so that its slots are reused, including the cancelled request's slot.
 """
 
 import threading
@@ -18,20 +18,20 @@ from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.mix import MixRequest
 
 IN_BATCH = 6
-"""Places in the engine's batch."""
+"""Size of the engine's batch."""
 
 PAIR_EVERY = 4
-"""Forwards between arrivals."""
+"""Forward passes between arrivals."""
 
 CANCEL_AFTER = 6
-"""Forwards after its arrival at which one request is cancelled."""
+"""Forward passes from a request's arrival to its cancellation."""
 
 ALIVE_CHECK_S = 5.0
 
 
 @dataclass(frozen=True)
 class RequestOutcome:
-    """What became of a request: `finished`, or `error`, or neither if it was cancelled and heard nothing more."""
+    """The outcome of a request: `finished`, or `error`, or neither if it was cancelled."""
 
     request: MixRequest
     finished: Finished | None
@@ -39,10 +39,10 @@ class RequestOutcome:
 
 
 def run_requests(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[RequestOutcome], int]:
-    """Run the mix in an engine of its own, which is closed again when this returns.
+    """Run the requests in a separate engine, which is closed at the end.
 
     Returns:
-        Their outcomes, and how many were under way at once.
+        The outcomes, and the maximum number of requests that ran at the same time.
 
     Raises:
         EngineStoppedError: if the engine's thread dies.
@@ -60,12 +60,12 @@ def run_requests(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[R
 
 
 class _Run:
-    """Submits and cancels when the engine's forwards say that it is time, and gathers what the listeners hear."""
+    """Submits and cancels requests at given forward passes, and collects their last events."""
 
     def __init__(self, engine: TransformersEngine, requests: list[MixRequest]) -> None:
         self._engine = engine
         self._requests = requests
-        self._heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         self._lock = threading.Lock()
         self._forwards = 0
         self._under_way: set[int] = set()
@@ -86,19 +86,19 @@ class _Run:
         self._acts = deque(sorted(acts, key=lambda act: act[0]))
 
     def tick(self) -> None:
-        """Count a forward and do what is due."""
+        """Count a forward pass and run the actions that are due."""
         with self._lock:
             self._forwards += 1
             self._do_due()
 
     def outcomes(self) -> tuple[list[RequestOutcome], int]:
-        """Run everything; return what became of it, and how many requests were under way at once."""
+        """Run all requests; return their outcomes and the maximum number that ran at the same time."""
         events: dict[int, Event] = {}
         expected = sum(request.kind != "cancelled" for request in self._requests)
         self._keep_going()
         while len(events) < expected:
             try:
-                number, event = self._heard.get(timeout=ALIVE_CHECK_S)
+                number, event = self._events.get(timeout=ALIVE_CHECK_S)
             except Empty:
                 if not self._engine.alive:
                     raise EngineStoppedError("the engine's thread has died") from None
@@ -111,7 +111,7 @@ class _Run:
 
     def _listen(self, number: int, event: Event) -> None:
         if not isinstance(event, TextDelta):
-            self._heard.put((number, event))
+            self._events.put((number, event))
 
     def _submit(self, number: int, job: GenerationJob) -> None:
         self._engine.submit(job)
@@ -123,7 +123,7 @@ class _Run:
         self._under_way.discard(number)
 
     def _keep_going(self) -> None:
-        """Let the clock jump to what is next if nothing is under way: an idle engine makes no forwards."""
+        """Advance the clock to the next action if no request runs, because an idle engine runs no forward passes."""
         with self._lock:
             if self._acts and not self._under_way:
                 self._forwards = self._acts[0][0]

@@ -1,10 +1,10 @@
-"""Compares what the engine captured and chose with what the same tokens give alone, and judges.
+"""Compares the engine's captured rows and chosen tokens with a single-request forward pass over the same tokens.
 
-Rows are judged by their dtype: in float32 no row's error, relative to its norm, may exceed 1e-4; in half precision the mean
-cosine of a hook point's rows at a layer may not be below 0.999, and no row's below 0.99. Batching changes the order of sums
-and with it the last digits, so where two tokens are almost equally likely a greedy choice may go the other way. Every such
-divergence is reported with the margin between the two logits; a margin above what rounding can do is a bug, and fails the
-verification. So does a row too many or too few.
+The limits depend on the dtype. In float32, no row's relative error may exceed 1e-4. In half precision, the mean cosine of a
+hook point's rows at a layer must be at least 0.999, and every row's at least 0.99. Batching changes the order of sums and so
+the last digits, so a greedy choice between two almost equally likely tokens may differ. Every such divergence is reported with
+the margin between the two logits; a margin larger than rounding can explain is a bug and fails the verification. So does a
+missing or additional row.
 """
 
 import math
@@ -34,24 +34,24 @@ from serve_app.verification.verification_report import (
 )
 
 LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
-"""What rounding may do to a log-probability, in machine epsilons of the dtype times the logits' scale. Measured with
-SmolLM2-135M: 7 in float32, where the sums round too; 0.3 in bfloat16, whose sums are kept in float32."""
+"""Maximum effect of rounding on a log-probability, in machine epsilons of the dtype times the logits' scale. Measured with
+SmolLM2-135M: 7 in float32, where sums are rounded too; 0.3 in bfloat16, whose sums are in float32."""
 
 
 RowErrors = tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]
-"""Of rows, the error of each relative to its norm, and its cosine with what was expected."""
+"""Each row's error relative to its norm, and its cosine with the expected row."""
 
 
 class CaptureComparison:
-    """Gathers rollouts, one by one, into a report."""
+    """Compares rollouts one by one, and builds the report."""
 
     def __init__(self, model: LoadedModel, taps: dict[str, Tap], together: int) -> None:
-        """Begin.
+        """Start a comparison.
 
         Args:
-            model: the model that is verified.
-            taps: what was to be captured; a key of which no row was compared is a problem.
-            together: how many requests were under way at once.
+            model: the model to verify.
+            taps: the captured hook points; a key without any compared row is a problem.
+            together: maximum number of requests that ran at the same time.
         """
         self._model = model
         self._together = together
@@ -64,7 +64,7 @@ class CaptureComparison:
         self._problems: list[str] = []
 
     def add(self, outcome: RequestOutcome, alone: LoneRun | None) -> None:
-        """Take one outcome, and what its tokens gave alone if it finished."""
+        """Add one request's outcome and, if it finished, its single-request run."""
         request, finished = outcome.request, outcome.finished
         cancelled = request.kind == "cancelled"
         self._rollouts.append(self._rollout(outcome))
@@ -73,16 +73,16 @@ class CaptureComparison:
         if finished is None or alone is None:
             return
         if cancelled:
-            self._problem(request, "was cancelled, and finished all the same")
+            self._problem(request, "was cancelled, but finished anyway")
         self._check_ending(request, finished)
         self._check_scores(request, finished, alone)
         if request.plan is not None and finished.captured is None:
-            self._problem(request, "asked for a capture and got none")
+            self._problem(request, "requested a capture and got none")
         elif finished.captured is not None:
             self._check_rows(request, finished.captured, alone)
 
     def add_unquantized(self, outcome: RequestOutcome, alone: LoneRun, plain: LoneRun) -> None:
-        """Take what a finished outcome's tokens gave alone with quantized weights, and what with plain ones."""
+        """Add the single-request runs of a finished outcome with quantized and with plain weights."""
         captured = outcome.finished.captured if outcome.finished is not None else None
         if captured is not None and captured.position.tolist() == plain.positions:
             for key, rows in captured.tensors.items():
@@ -91,7 +91,7 @@ class CaptureComparison:
         self._probabilities.append((alone.logits.log_softmax(1), plain.logits.log_softmax(1)))
 
     def report(self) -> VerificationReport:
-        """Judge what has been gathered."""
+        """Return the report with the verdict."""
         deviations = tuple(_deviation(key, found) for key, found in self._rows.items() if found)
         problems = list(self._problems)
         problems += [f"{key}: no row was compared" for key, found in self._rows.items() if not found]
@@ -103,7 +103,7 @@ class CaptureComparison:
             elif self._model.dtype != torch.float32 and not d.min_cosine >= MIN_COSINE:
                 problems.append(f"{d.key}: a row's cosine is {d.min_cosine:.4f}, less than {MIN_COSINE}")
         if self._together < 2:
-            problems.append("no two requests were under way at once, so nothing was batched")
+            problems.append("no two requests ran at the same time, so nothing was batched")
         return VerificationReport(
             model=self._model.source.name,
             revision=self._model.source.revision,
@@ -119,7 +119,7 @@ class CaptureComparison:
         )
 
     def _effect(self) -> QuantizationEffect | None:
-        """Say what quantizing the weights has changed, if it was compared."""
+        """Return the effect of quantizing the weights, if it was compared."""
         if self._model.quantization is None or not self._probabilities:
             return None
         here, there = (torch.cat(found) for found in zip(*self._probabilities, strict=True))
@@ -135,20 +135,20 @@ class CaptureComparison:
         self._problems.append(f"request {request.number} ({request.kind}): {text}")
 
     def _check_ending(self, request: MixRequest, finished: Finished) -> None:
-        """Check that it ended when it should, for the reason it gives."""
+        """Check that a request ended at the right token, for the reason that it reports."""
         n, limit = len(finished.token_ids), request.sampling.max_tokens
         stop_token_ids = self._model.eos_token_ids | request.sampling.stop_token_ids
         if any(token in stop_token_ids for token in finished.token_ids[:-1]):
-            self._problem(request, f"went on after a token that ends it: {finished.token_ids}")
+            self._problem(request, f"continued after a stop token: {finished.token_ids}")
         if n > limit or (finished.finish_reason == "length" and n != limit):
-            self._problem(request, f"has {n} tokens and ended by {finished.finish_reason}; {limit} were allowed")
+            self._problem(request, f"has {n} tokens and finish_reason {finished.finish_reason}; the limit was {limit}")
         if (self._stopped_by(request, finished) is None) == (finished.finish_reason == "stop"):
-            self._problem(request, f"says that it ended by {finished.finish_reason}; its tokens say something else")
+            self._problem(request, f"has finish_reason {finished.finish_reason}, which does not match its tokens")
         if any(stop in finished.text for stop in request.sampling.stop):
-            self._problem(request, f"has its stop string in its text: {finished.text!r}")
+            self._problem(request, f"contains its stop string: {finished.text!r}")
 
     def _stopped_by(self, request: MixRequest, finished: Finished) -> str | None:
-        """Say by its tokens what stopped it, None if nothing did."""
+        """Return what stopped a request, judged by its tokens; None if nothing did."""
         last = set(finished.token_ids[-1:])
         if last & self._model.eos_token_ids:
             return "end of text"
@@ -188,12 +188,12 @@ class CaptureComparison:
                 )
 
     def _check_rows(self, request: MixRequest, captured: CapturedRows, alone: LoneRun) -> None:
-        """Compare the captured rows, if they are as many as there should be."""
+        """Compare the captured rows, after checking their positions, keys and shapes."""
         if captured.position.tolist() != alone.positions:
-            self._problem(request, f"has rows of positions {captured.position.tolist()}, not {alone.positions}")
+            self._problem(request, f"has rows of positions {captured.position.tolist()} instead of {alone.positions}")
             return
         if set(captured.tensors) != set(alone.rows):
-            self._problem(request, f"has rows of {sorted(captured.tensors)}, not of {sorted(alone.rows)}")
+            self._problem(request, f"has rows of {sorted(captured.tensors)} instead of {sorted(alone.rows)}")
             return
         for key, rows in captured.tensors.items():
             if rows.shape != alone.rows[key].shape:
@@ -236,9 +236,9 @@ def _deviation(key: str, found: list[RowErrors]) -> Deviation:
 
 
 def row_errors(rows: Float[Tensor, "rows ..."], expected: Float[Tensor, "rows ..."]) -> RowErrors:
-    """Return each row's error relative to the expected row's norm, and its cosine with it.
+    """Return each row's error relative to the expected row's norm, and its cosine with the expected row.
 
-    A row that is expected to be zero has error 0 and cosine 1 if it is, infinite error and cosine 0 if it is not.
+    If the expected row is zero, the error is 0 and the cosine 1 if the row is zero too, else infinite and 0.
     """
     got, want = rows.flatten(1).double(), expected.flatten(1).double()
     difference, norm = (got - want).norm(dim=1), want.norm(dim=1)

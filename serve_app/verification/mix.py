@@ -1,8 +1,7 @@
-"""The requests that a verification runs: different in all that matters to a batch.
+"""The requests of a verification, which differ in everything that matters to a batch.
 
-Prompts and completions of different lengths, greedy and sampled, every position policy, all keys, few keys and none. One
-ends at a stop string, one at a stop token, one is cancelled in the middle, one reads a finished answer again and generates
-nothing.
+They have prompts and completions of different lengths, greedy and sampled; every position policy; all keys, few keys and none.
+One ends at a stop string, one at a stop token, one is cancelled, and one reads a finished answer again without generating.
 """
 
 import json
@@ -22,14 +21,14 @@ from serve_app.models.context import UNBOUNDED
 REQUESTS = 16
 POLICIES = ("all", "generated", "prompt", "mean_generated", "stride:3", "last", "mean_prompt", "last_prompt")
 LENGTHS = (24, 24, 7, 24, 18, 48, 1, 13)
-"""The most tokens of the requests, in turn; with one token there is no generated row."""
+"""Maximum numbers of tokens of the requests, in turn; a completion of one token has no generated row."""
 
 SCOUTED = 1
 """The prompt whose greedy continuation gives the stop string and the stop token."""
 
 Kind = Literal["free", "stop string", "stop token", "cancelled", "read again"]
 KINDS: dict[int, Kind] = {1: "stop string", 3: "stop token", 5: "cancelled", 6: "read again"}
-"""Requests that are special, by number; the others generate until they end."""
+"""Special requests, by number; the others generate until they end."""
 
 BUILT_IN_PROMPTS = (
     "The capital of France is",
@@ -45,7 +44,7 @@ BUILT_IN_PROMPTS = (
 
 
 class VerificationError(RoentgenError):
-    """A verification cannot be made as asked; the message says why."""
+    """A verification is not possible with these options; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,21 @@ class MixRequest:
     """One request of the mix."""
 
     number: int
-    """Its place in it, from 0."""
+    """Its number, from 0."""
     prompt_ids: list[int]
     """The prompt's tokens."""
     sampling: Sampling
-    """How to choose tokens."""
+    """Sampling parameters."""
     plan: CapturePlan | None
-    """What to capture, None for nothing."""
+    """The capture; None for none."""
     kind: Kind
-    """What is special about it."""
+    """The kind of request."""
     score_prompt: bool
-    """Whether it asks how likely its prompt was."""
+    """Whether it requests log-probabilities of the prompt."""
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: a line each, or of a `.jsonl` file each line's `prompt` or `question`.
+    """Read prompts from a file: one per line, or the `prompt` or `question` of each line of a `.jsonl` file.
 
     Raises:
         VerificationError: if the file cannot be read, is empty, or a line has no prompt.
@@ -80,14 +79,14 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, ValueError) as error:  # ValueError: bad JSON or bad Unicode
         raise VerificationError(f"--prompts: {path}: {error}") from error
     except (KeyError, AttributeError) as error:
-        raise VerificationError(f"--prompts: {path}: every line needs a 'prompt' or a 'question'") from error
+        raise VerificationError(f"--prompts: {path}: every line requires a field 'prompt' or 'question'") from error
     if not lines:
         raise VerificationError(f"--prompts: {path} has no prompts")
     return lines
 
 
 def tokenized(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
-    """Turn prompts into tokens; one that leaves the context no room for the longest completion loses its end."""
+    """Tokenize prompts; truncate those that leave no room for the longest completion in the context."""
     room = (model.context_length or UNBOUNDED) - max(LENGTHS) - 1
     return [list(model.tokenizer(prompt)["input_ids"])[:room] for prompt in prompts]
 
@@ -95,15 +94,15 @@ def tokenized(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
 def make_requests(
     model: LoadedModel, taps: dict[str, Tap], prompts: list[list[int]], count: int, scouted: list[int]
 ) -> list[MixRequest]:
-    """Make the mix.
+    """Create the requests.
 
     Args:
         model: the model.
-        taps: per stored key, where to read; the first 8 requests capture all of them, with a policy each, the later ones a
-            part or nothing.
-        prompts: their tokens, used in turn.
-        count: how many requests.
-        scouted: what the model says greedily to `prompts[SCOUTED]`, from which stop string and stop token are chosen.
+        taps: taps by stored key; the first 8 requests capture all of them, with one position policy each, the others a part
+            or nothing.
+        prompts: the prompts' tokens, used in turn.
+        count: number of requests.
+        scouted: the greedy completion of `prompts[SCOUTED]`, from which stop string and stop token are chosen.
     """
     return [_request(model, taps, prompts, number, scouted) for number in range(count)]
 
@@ -125,7 +124,7 @@ def _request(
         case "cancelled":
             sampling = replace(sampling, min_tokens=sampling.max_tokens)
         case "read again" if plan is not None:
-            # Rows of the second half of the prompt and of the answer but for its last token.
+            # Rows of the second half of the prompt and of the answer, except its last token.
             plan = replace(plan, n_prompt=len(prompt), first=len(prompt) // 2, stop=len(prompt) + len(scouted) - 1)
             prompt, sampling = prompt + scouted, replace(sampling, max_tokens=0)
         case "free" if number % 2:
@@ -134,11 +133,11 @@ def _request(
 
 
 def _part(taps: dict[str, Tap], number: int) -> dict[str, Tap]:
-    """Return every third key, or in every fourth request none."""
+    """Return every third key; none for every fourth request."""
     return {} if number % 4 == 3 else {key: taps[key] for key in list(taps)[number % 3 :: 3]}
 
 
 def _stop_string(model: LoadedModel, scouted: list[int]) -> tuple[str, ...]:
-    """Return the text of a token from the second half of what the model says; nothing if it says nothing printable."""
+    """Return the text of a token in the second half of a completion; empty if there is no printable one."""
     pieces = [model.tokenizer.decode([token]) for token in scouted[len(scouted) // 2 :]]
     return tuple(piece for piece in pieces if piece.strip() and piece.isprintable() and "\ufffd" not in piece)[:1]

@@ -1,8 +1,8 @@
-"""The independent path: one sequence alone through the bare model, read by plain PyTorch hooks.
+"""The reference computation: one sequence alone through the bare model, read by plain PyTorch hooks.
 
-No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, plain weights where the engine has packed or
-int8 ones (these compute in inference mode only), and a position rule of its own, written as a question about one position where
-`Positions.select` makes lists.
+It uses no batch, padding, KV cache or nnsight trace, transformers' own attention, and plain weights where the engine has packed
+or int8 ones (these compute only in inference mode). It has its own rule for positions, which decides one position at a time,
+unlike `Positions.select`.
 """
 
 from collections import Counter
@@ -24,25 +24,25 @@ from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.mix import MixRequest
 
 OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Attention that transformers brings along."""
+"""Attention implementations of transformers."""
 
 
 @dataclass(frozen=True)
 class LoneRun:
-    """What a rollout gives when it runs alone."""
+    """The results of a rollout that runs alone."""
 
     rows: dict[str, Float[Tensor, "rows ..."]]
-    """Per stored key, the rows that its plan keeps, `[rows, ...]`."""
+    """Rows at the plan's positions, by stored key, `[rows, ...]`."""
     positions: list[int]
-    """Of these rows, -1 for a pooled one."""
+    """Positions of these rows; -1 for a pooled one."""
     logits: Float[Tensor, "positions vocab"]
-    """Over what comes after each of the last positions: those at which the completion's tokens were chosen or, if the prompt
-    is scored, all, `[positions, vocab]`."""
+    """Logits at the last positions: those that predict the completion's tokens or, if the prompt is scored, all,
+    `[positions, vocab]`."""
 
 
 @contextmanager
 def stock_attention(model: LoadedModel) -> Iterator[None]:
-    """Give the model transformers' own attention for a while, if the engine's replaced it."""
+    """Use transformers' own attention within a context, if the engine has replaced it."""
     module = model.observed._module
     engines: str = module.config._attn_implementation
     if engines in OWN_ATTENTION:
@@ -67,10 +67,10 @@ def continuation(model: LoadedModel, prompt_ids: list[int], max_tokens: int) -> 
 
 
 def run_alone(module: PreTrainedModel, request: MixRequest, finished: Finished) -> LoneRun:
-    """Run a finished rollout's tokens again, as one sequence, and keep what its request asked for."""
+    """Run a finished rollout's tokens again as one sequence, and return the rows that its request captured."""
     plan, n_completion = request.plan, len(finished.token_ids)
-    fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was chosen, but never went through the model
-    scored = len(fed) if request.score_prompt else n_completion  # positions whose logits are compared: the last ones
+    fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was sampled, but never fed to the model
+    scored = len(fed) if request.score_prompt else n_completion  # number of last positions whose logits are compared
     with torch.no_grad(), _hooked(module, plan.taps if plan else {}, len(fed)) as seen:
         output = module(input_ids=torch.tensor([fed], device=module.device), use_cache=False)
     logits = output.logits[0, len(fed) - scored :].float().cpu()
@@ -85,12 +85,12 @@ def run_alone(module: PreTrainedModel, request: MixRequest, finished: Finished) 
 
 
 def kept_positions(plan: CapturePlan, n_prompt: int, n_rows: int) -> list[int]:
-    """Return the positions that a plan keeps (for a pooled policy: averages) of a rollout.
+    """Return the positions of a rollout that a plan captures, or averages if its policy is pooled.
 
     Args:
         plan: the plan.
-        n_prompt: tokens in the job's prompt, which count as prompt unless the plan says otherwise.
-        n_rows: tokens that went through the model.
+        n_prompt: number of tokens in the job's prompt; the plan may set another number.
+        n_rows: number of tokens that were fed to the model.
     """
     n_prompt = n_prompt if plan.n_prompt is None else plan.n_prompt
     n_rows = n_rows if plan.stop is None else min(n_rows, plan.stop)
@@ -111,14 +111,14 @@ def _is_kept(positions: Positions, t: int, n_prompt: int, n_rows: int) -> bool:
             return t + 1 == n_rows
         case "stride":
             return t % positions.stride == 0
-    raise ValueError(f"no rule is written here for the positions {positions}")
+    raise ValueError(f"positions {positions} are not supported here")
 
 
 @contextmanager
 def _hooked(module: PreTrainedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[dict[str, Tensor]]:
-    """Copy what each tapped module takes or gives during a forward of one sequence: key to `[n_rows, ...]`.
+    """Copy each tapped module's input or output during a forward pass of one sequence: key to `[n_rows, ...]`.
 
-    What has no row per token is left out.
+    Values without one row per token are left out.
     """
     seen: dict[str, Tensor] = {}
     runs: Counter[str] = Counter()
@@ -134,7 +134,7 @@ def _hooked(module: PreTrainedModel, taps: dict[str, Tap], n_rows: int) -> Itera
             value = value[0]
         if value.ndim > 1 and value.shape[:2] == (1, n_rows):
             seen[key] = value[0].clone()
-        elif len(value) == n_rows:  # a module may see batch and tokens flattened
+        elif len(value) == n_rows:  # a module may flatten batch and tokens
             seen[key] = value.clone()
 
     for key, tap in taps.items():

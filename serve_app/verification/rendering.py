@@ -1,4 +1,4 @@
-"""Prints a verification: a line per hook point and layer, what ran, and the verdict."""
+"""Formats a verification report for a terminal: a line per hook point and layer, the requests, and the verdict."""
 
 from collections import Counter
 from itertools import groupby
@@ -17,7 +17,7 @@ from serve_app.verification.verification_report import (
 
 
 def render(report: VerificationReport) -> Group:
-    """Lay a report out for a terminal."""
+    """Format a report for a terminal."""
     table = Table("hook point", "layer", "rows", "max error", "mean error", "mean cosine", "min cosine")
     ordered = sorted(report.deviations, key=lambda d: (d.layer is None, d.hook_point, d.layer or 0))
     for _, group in groupby(ordered, key=lambda d: d.hook_point):
@@ -37,7 +37,7 @@ def render(report: VerificationReport) -> Group:
 
 
 def _effect(effect: QuantizationEffect) -> list[Text]:
-    """Say how far the quantized model is from the one with plain weights."""
+    """Format the difference between the quantized model and the one with plain weights."""
     ordered = sorted(effect.deviations, key=lambda d: d.hook_point)
     lines = [f"weights quantized with {effect.method}; on the same tokens, plain weights give"]
     for hook_point, group in groupby(ordered, key=lambda d: d.hook_point):
@@ -54,11 +54,11 @@ def _effect(effect: QuantizationEffect) -> list[Text]:
 
 
 def _ran(report: VerificationReport) -> list[str]:
-    """Say what ran, and where greedy choices differ."""
+    """Format the requests, and the differing greedy choices."""
     ends = Counter(r.ended for r in report.rollouts)
     policies = sorted({r.positions for r in report.rollouts if r.positions})
     lines = [
-        f"{len(report.rollouts)} requests, up to {report.together} under way at once; ended by "
+        f"{len(report.rollouts)} requests, up to {report.together} at the same time; ended by "
         + ", ".join(f"{how} {count}" for how, count in ends.most_common())
         + f"; positions {', '.join(policies)}",
         f"log-probabilities differ by at most {report.max_logprob_error:.1e}",

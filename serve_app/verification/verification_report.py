@@ -1,59 +1,59 @@
-"""What a verification found."""
+"""The report of a verification."""
 
 import json
 from dataclasses import asdict, dataclass
 
 MAX_ERROR = 1e-4
-"""The largest relative error that a row may have in float32."""
+"""Maximum relative error of a row in float32."""
 
 MEAN_COSINE, MIN_COSINE = 0.999, 0.99
-"""The smallest mean cosine of a hook point's rows at a layer in half precision, and the smallest of any row. A single row may
-be further off, because half precision is: SmolLM2-135M alone in bfloat16 has rows whose cosine with float32 is 0.991."""
+"""Minimum mean cosine of a hook point's rows at a layer in half precision, and minimum cosine of a single row. The latter is
+lower, because half precision itself deviates: SmolLM2-135M in bfloat16 has rows whose cosine with float32 is 0.991."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one hook point's rows at one layer are from those computed alone."""
+    """Deviation of one hook point's rows at one layer from those computed alone."""
 
     key: str
     """The stored key."""
     hook_point: str
-    """Its hook point."""
+    """The hook point."""
     layer: int | None
-    """Its layer, None for a model-wide hook point."""
+    """The layer; None for a model-wide hook point."""
     rows: int
-    """How many were compared."""
+    """Number of compared rows."""
     max_error: float
-    """The largest norm of a row's difference, relative to the row's norm."""
+    """Maximum norm of a row's difference, relative to the row's norm."""
     mean_error: float
-    """The mean of that."""
+    """Mean of the relative errors."""
     mean_cosine: float
-    """The mean cosine between a row and itself computed alone."""
+    """Mean cosine between a row and the same row computed alone."""
     min_cosine: float
-    """The smallest of them."""
+    """Minimum of these cosines."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A greedy choice that differs from the most likely token of the lone forward."""
+    """A greedy choice that differs from the most likely token of the single-request forward pass."""
 
     request: int
     """The request's number."""
     index: int
-    """Of the token in the completion."""
+    """Index of the token in the completion."""
     chosen: int
     """The token that the engine chose."""
     expected: int
-    """The most likely one, alone."""
+    """The most likely token when run alone."""
     margin: float
-    """How much larger its logit is, alone."""
+    """Difference of the two logits when run alone."""
     rounding: float
-    """How large a margin rounding explains."""
+    """Maximum margin that rounding explains."""
 
 
 @dataclass(frozen=True)
 class VerifiedRollout:
-    """What one request was, and how it ended: at its length, at an end-of-text token, at a stop token or string, or not."""
+    """One request and how it ended: by length, end-of-text token, stop token, stop string, error or cancellation."""
 
     request: int
     kind: str

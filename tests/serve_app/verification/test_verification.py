@@ -145,11 +145,11 @@ def another_reason(finished: Finished) -> Finished:
         (rounded, "relative error"),
         (shortened, "has rows of positions"),
         (renumbered, "has rows of positions"),
-        (uncaptured, "asked for a capture and got none"),
+        (uncaptured, "requested a capture and got none"),
         (another_token, "not the most likely one by a margin"),
         (other_scores, "is off by 1.0e-02"),
         (unscored_prompt, "scores for"),
-        (another_reason, "its tokens say something else"),
+        (another_reason, "does not match its tokens"),
     ],
 )
 def test_what_is_wrong_is_found(
@@ -194,7 +194,7 @@ def test_a_request_that_fails_or_outlives_its_cancellation_is_found(
     monkeypatch.setattr(verify, "run_requests", lambda *_: (spoiled, 8))
     problems = verify_capture(llama).problems
     assert "request 2 (free): failed: out of luck" in problems
-    assert "request 5 (cancelled): was cancelled, and finished all the same" in problems
+    assert "request 5 (cancelled): was cancelled, but finished anyway" in problems
 
 
 def test_a_key_of_which_no_row_was_compared_is_found(
@@ -203,7 +203,7 @@ def test_a_key_of_which_no_row_was_compared_is_found(
     monkeypatch.setattr(verify, "run_requests", lambda *_: ([replace(o, finished=None) for o in outcomes], 1))
     problems = verify_capture(llama).problems
     assert "layers.1.attn_out: no row was compared" in problems
-    assert "no two requests were under way at once, so nothing was batched" in problems
+    assert "no two requests ran at the same time, so nothing was batched" in problems
 
 
 def test_the_output_head_is_captured_like_any_module(llama: LoadedModel) -> None:
