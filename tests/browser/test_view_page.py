@@ -391,12 +391,12 @@ async def test_a_run_that_grows_is_followed(browser: Browser, results: Path, tmp
     finished = Run(results / "first")
     samples = list(finished.read_samples())
     run = create_run(tmp_path / "growing", finished.config)
-    with recording(run) as record, viewing([str(tmp_path / "growing")]) as url:
+    with recording(run) as record, viewing([str(run.path), str(finished.path)]) as url:
         for sample in samples[:4]:
             record.append(sample)
         await browser.open(url)
         await browser.wait_for("document.querySelector('.list .badge.live')")
-        await browser.ask("document.querySelector('.list tbody a').click()")
+        await browser.ask("document.querySelector('.list .badge.live').closest('tr').querySelector('a').click()")
         done = "document.querySelector('.headline')?.innerText.replaceAll('\\n', ' ')"
         await browser.wait_for(f"{done}?.includes('samples 4 ')")
         for number, sample in enumerate(samples[4:8], 5):
@@ -405,12 +405,35 @@ async def test_a_run_that_grows_is_followed(browser: Browser, results: Path, tmp
         right = sum(bool(sample.correct) for sample in samples[:8])
         assert await browser.ask("document.querySelector('.lead b').innerText") == f"{100 * right / 8:.1f}%"
         assert await browser.ask("document.querySelectorAll('.card .x-mark').length") >= 4
+        # A probe of another run is read on what arrives.
+        choice = "document.querySelector('[aria-label=Live] select')"
+        await browser.ask(f"{choice}.dispatchEvent(new PointerEvent('pointerdown'))")
+        await browser.wait_for(f"{choice}.options.length > 1")
+        await browser.ask(
+            f"(s => {{ s.value = s.options[1].value; s.dispatchEvent(new Event('change', {{bubbles: true}})); }})({choice})"
+        )
+        await browser.wait_for(
+            "document.querySelector('[aria-label=Live] .stats')?.innerText.includes('of the last 8 above zero')"
+        )
         check_quiet(browser, url)
 
 
 async def test_a_view_is_exported_to_a_file_that_needs_no_server(
     browser: Browser, page: str, answer: Answer, ids: dict[str, str], first: list[dict[str, Any]], tmp_path: Path
 ) -> None:
+    # What the page saves is what the server makes.
+    await browser.open(f"{page}#/run/{ids['first']}")
+    await browser.wait_for("document.querySelector('.x-column')")
+    await browser.ask("""
+        window.saved = [];
+        URL.createObjectURL = blob => { saved.push(blob); return 'about:blank'; };
+        HTMLAnchorElement.prototype.click = function () { saved.push(this.download); };
+        document.querySelector('button.wide').click(); 1
+    """)
+    await browser.wait_for("window.saved.length === 2")
+    assert await browser.ask("saved[1]") == "first-overview.html"
+    assert "</html>" in await browser.ask("saved[0].text()")
+    browser.requests.clear()
     place = urlsplit(page)
     view = quote(f"#/run/{ids['first']}")
     url = f"{place.scheme}://{place.netloc}/api/export?view={view}&format=html&{place.query}"

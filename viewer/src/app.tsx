@@ -147,7 +147,9 @@ function Export() {
     setState("busy");
     getFile(url(["export"], { view: currentHash(), format: "html" })).then(
       (blob) => {
-        save(blob, `${document.title.replace(/[^\w.-]+/g, "_")}.html`);
+        // "Overview · first · Roentgen" becomes first-overview.html.
+        const [place = "", name = "view"] = document.title.split(" · ");
+        save(blob, `${`${name}-${place}`.replace(/[^\w.-]+/g, "_").toLowerCase()}.html`);
         setState("");
       },
       (error: Error) => setState(error.message),

@@ -48,6 +48,8 @@ export interface XYProps {
   yEnds?: { from?: number; to?: number };
   /** Where the x axis has its ticks, if not at round numbers. */
   xTicks?: number[];
+  /** Whether x counts something, so that no tick is between two counts. */
+  wholeX?: boolean;
   diagonal?: boolean;
   height?: number;
   numbers?: Numbers;
@@ -69,7 +71,7 @@ export function XY(props: XYProps) {
   const up = axis([...ys, ...references.filter((line) => line.axis === "y").map((line) => line.at)], Math.max(2, inner.height / 45), props.yEnds);
   const px = (x: number) => MARGIN.left + (inner.width * (x - across.from)) / (across.to - across.from);
   const py = (y: number) => MARGIN.top + inner.height * (1 - (y - up.from) / (up.to - up.from));
-  const marks = thin((props.xTicks ?? across.ticks).filter((x) => x >= across.from - 1e-9 && x <= across.to + 1e-9), px);
+  const marks = thin((props.xTicks ?? across.ticks).filter((x) => x >= across.from - 1e-9 && x <= across.to + 1e-9 && (!props.wholeX || Number.isInteger(x))), px);
 
   const stops = [...new Set(series.flatMap((one) => one.points.filter(({ y }) => y !== null).map(({ x }) => x + (one.width ?? 0) / 2)))].sort((a, b) => a - b);
   const onMove = (event: PointerEvent) => {

@@ -69,7 +69,7 @@ function facts(data: Comparison, first: Overview | null, second: Overview | null
     ["problems", a.problems ?? "–", b.problems ?? "–"],
     ["samples", count(a.n_samples), count(b.n_samples)],
   ];
-  const both = (name: string, read: (detail: Overview | null) => string) => rows.push([name, read(first), read(second)]);
+  const both = (name: string, read: (detail: Overview | null) => string) => first && second && rows.push([name, read(first), read(second)]);
   both("extractor", (detail) => detail?.summary?.extractor ?? "–");
   both("cut at the token limit", (detail) => count(detail?.summary?.truncated));
   both("no answer found", (detail) => count(detail?.summary?.unparsable));

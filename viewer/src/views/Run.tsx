@@ -107,6 +107,7 @@ function Live({ live: { progress, history }, monitor }: { live: LiveState; monit
           x="samples"
           y="accuracy"
           height={180}
+          wholeX
           series={[{ name: "accuracy", color: 0, points }]}
           yFormat={(y) => percent(y, 0)}
         />

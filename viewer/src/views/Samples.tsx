@@ -89,6 +89,12 @@ export function SamplesView({ kind, detail, query, again = 0 }: { kind: string; 
     if (at >= 0) virtual.scrollTo(at);
   }, [rows.matched]);
 
+  // A click anywhere in a row opens it, unless it ends a selection of text.
+  const open = (event: MouseEvent, number: number, id: unknown) => {
+    if ((event.target as HTMLElement).closest("a") || !getSelection()?.isCollapsed || typeof id !== "string") return;
+    change({ at: String(number) });
+    go(target(id));
+  };
   const types = new Map(columns.map((column) => [column.name, column.type]));
   const numeric = (name: string) => types.get(name) === "number";
   const template = shown.map((name) => WIDTHS[name] ?? (name.startsWith("score.") ? "minmax(8rem,.6fr)" : numeric(name) ? "6.2rem" : "minmax(6rem,1fr)")).join(" ");
@@ -129,7 +135,7 @@ export function SamplesView({ kind, detail, query, again = 0 }: { kind: string; 
               const row = rows.row(number);
               const id = row?.["sample_id"];
               return (
-                <div key={number} role="row" aria-rowindex={number + 2} class={`row ${number === at ? "at" : ""}`} style={{ gridTemplateColumns: template, height: `${ROW}px` }}>
+                <div key={number} role="row" aria-rowindex={number + 2} class={`row ${number === at ? "at" : ""}`} onClick={(event) => open(event, number, id)} style={{ gridTemplateColumns: template, height: `${ROW}px` }}>
                   {shown.map((name) => {
                     const value = row?.[name];
                     const text = value === undefined && !row ? "" : cell(value);

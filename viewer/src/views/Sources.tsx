@@ -1,7 +1,7 @@
 /** The runs and sessions that the command line named, and what lies in their folders. */
 import type { ComponentChildren } from "preact";
-import { useMemo, useState } from "preact/hooks";
-import { type Source, type SourceList, url } from "../api";
+import { useEffect, useMemo, useState } from "preact/hooks";
+import { type Source, type SourceList, forget, url } from "../api";
 import { useAsked } from "../ask";
 import { bytes, count, when } from "../format";
 import { useKeys } from "../keys";
@@ -9,8 +9,21 @@ import { oneLine, visible } from "../parts/text";
 import { Accuracy, Await, Empty, Span, Table } from "../parts/ui";
 import { change, go, hash } from "../route";
 
+/** How often the list is read again while a run grows. */
+const AGAIN_MS = 5_000;
+
 export function SourcesView({ query }: { query: URLSearchParams }) {
-  const asked = useAsked<SourceList>(url(["sources"]));
+  const [again, setAgain] = useState(0);
+  const asked = useAsked<SourceList>(url(["sources"]), again);
+  const live = asked.data?.sources.some((source) => source.live) ?? false;
+  useEffect(() => {
+    if (!live) return;
+    const timer = setInterval(() => {
+      forget();
+      setAgain((times) => times + 1);
+    }, AGAIN_MS);
+    return () => clearInterval(timer);
+  }, [live]);
   return (
     <div class="page">
       <h1>Runs</h1>
@@ -86,6 +99,7 @@ function List({ sources, q }: { sources: Source[]; q: string }) {
               <td class="n">
                 {count(source.n_samples)}
                 {source.expected !== null && source.expected !== source.n_samples && <span class="soft"> of {count(source.expected)}</span>}
+                {source.live && source.expected !== null && <progress max={source.expected} value={source.n_samples ?? 0} aria-label={`Progress of ${source.name}`} />}
               </td>
               <td class="n">{source.bytes ? bytes(source.bytes) : "–"}</td>
               <td class="nowrap">{when(source.created)}</td>
