@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae test-examples wheel viewer check-viewer check format bench bench-gpu bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers coverage test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae test-examples wheel viewer check-viewer check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -38,6 +38,16 @@ test-units: $(INSTALLED)
 
 test-servers: $(INSTALLED)
 	$(BIN)/python -m pytest --share $(SHARE) -m integration
+
+# Which lines the unit tests reach: the uncovered ones by file, then the share by package.
+coverage: $(INSTALLED)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest -q --share $(SHARE) -m "not integration and not faults"
+	$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+	@for package in roentgen serve_app eval_jobs probes; do \
+		printf '%-10s %s %%\n' $$package "$$($(BIN)/python -m coverage report --format=total --include="$$package/*")"; \
+	done
 
 # Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.
@@ -196,4 +206,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(NODE_TOOLS) viewer/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(NODE_TOOLS) viewer/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache .coverage .coverage.* *.egg-info build dist

@@ -77,7 +77,8 @@ def alone(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[in
             # Beyond the limit of such a rotation, generate forgets what its cache holds.
             use_cache=rotation_limit(model.config) is None,
         )
-    return output[0, len(prompt) :].tolist()
+    tokens: list[int] = output[0, len(prompt) :].tolist()
+    return tokens
 
 
 def try_case(case: str) -> Iterator[ArchitectureFinding]:

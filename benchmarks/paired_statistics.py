@@ -39,7 +39,7 @@ def median_interval(values: Sequence[float], at_least: float = 0.9) -> Interval:
     ordered, n = sorted(values), len(values)
 
     def coverage(k: int) -> float:
-        return 1 - 2 * sum(comb(n, i) for i in range(k)) / 2**n
+        return 1 - 2 * sum(comb(n, i) for i in range(k)) / float(2**n)
 
     k = max((k for k in range(1, (n + 1) // 2 + 1) if coverage(k) >= at_least), default=1)
     return Interval(float(median(ordered)), ordered[k - 1], ordered[n - k], max(0.0, coverage(k)))

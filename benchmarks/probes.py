@@ -78,7 +78,8 @@ def difference(X: Float[Tensor, "rows width"], target: Target, fold: Fold, toler
     def scores(rows: np.ndarray, C: float, tolerance: float) -> np.ndarray:
         probe = LogisticRegression(C=C, tol=tolerance, max_iter=10_000)
         probe.fit(rows[fold.train], target.values[fold.train])
-        return probe.decision_function(rows[fold.test])
+        found: np.ndarray = probe.decision_function(rows[fold.test])
+        return found
 
     exact = np.stack([scores(scaler.transform(X.double().numpy()), C, 1e-9) for C in KIND.strengths])
     if tolerance is None:

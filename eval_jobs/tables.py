@@ -130,6 +130,7 @@ def load_rows(
     except ImportError:
         raise ProblemError(f"{HUB}{name} needs the library datasets: pip install datasets") from None
     try:
+        found: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]]
         found = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError) as error:  # no network, unknown dataset or split, or offline without a cached copy
         why = " ".join(str(error).split()).rstrip(".")

@@ -87,7 +87,8 @@ class Calibration:
 
     def __call__(self, scores: Float[np.ndarray, "probes rows outputs"]) -> Float[np.ndarray, "probes rows outputs"]:
         """Return the calibrated scores."""
-        return self.slope[:, None, None] * scores + self.intercept[:, None, None]
+        calibrated: np.ndarray = self.slope[:, None, None] * scores + self.intercept[:, None, None]
+        return calibrated
 
 
 def log_loss(
@@ -106,7 +107,8 @@ def log_loss(
 
 def _softmax(f: Float[np.ndarray, "... outputs"]) -> Float[np.ndarray, "... outputs"]:
     said = np.exp(f - f.max(-1, keepdims=True))
-    return said / said.sum(-1, keepdims=True)
+    shares: np.ndarray = said / said.sum(-1, keepdims=True)
+    return shares
 
 
 def _platt(

@@ -49,7 +49,8 @@ class Trace:
     def along(self, fractions: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points"]:
         """Return the scores at fractions of the trace: 0 is the last prompt token, 1 the last row."""
         own = self.scores[self.position >= self.n_prompt - 1]
-        return np.interp(fractions, np.linspace(0, 1, len(own)), own)
+        scores: np.ndarray = np.interp(fractions, np.linspace(0, 1, len(own)), own)
+        return scores
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,10 @@ def choose_strength(
     if raw.shape[1] == 1:
         return np.zeros(len(raw), dtype=int)
     if kind.probabilistic:
-        return log_loss(raw, target.values[rows]).argmin(1)
-    return main_metric_each(scores, target, groups, rows, kind).argmax(1)
+        chosen: np.ndarray = log_loss(raw, target.values[rows]).argmin(1)
+    else:
+        chosen = main_metric_each(scores, target, groups, rows, kind).argmax(1)
+    return chosen
 
 
 def _calibrate(

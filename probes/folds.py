@@ -41,7 +41,8 @@ def strata(target: Target) -> Int[np.ndarray, "rows"]:
     """Return the strata of the folds: the class, or the quintile of a number."""
     if target.kind == "real":
         edges = np.unique(np.quantile(target.values, [0.2, 0.4, 0.6, 0.8]))
-        return np.digitize(target.values, edges)
+        quintiles: np.ndarray = np.digitize(target.values, edges)
+        return quintiles
     return target.values.astype(np.int64)
 
 

@@ -67,7 +67,8 @@ def ece(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
 
 def bins(probabilities: RowScores) -> Int[np.ndarray, "rows"]:
     """Return the bin of each probability."""
-    return np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    found: np.ndarray = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    return found
 
 
 def r2(scores: RowScores, y: Float[np.ndarray, "rows"], weights: RowWeights) -> Draws:
@@ -93,7 +94,8 @@ def class_accuracy(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray,
 
 def macro_auroc(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray, "rows"], weights: RowWeights) -> Draws:
     """Return the mean over classes of the AUROC of one against the rest."""
-    return np.mean([auroc(scores[:, k], y == k, weights) for k in range(scores.shape[1])], axis=0)
+    mean: np.ndarray = np.mean([auroc(scores[:, k], y == k, weights) for k in range(scores.shape[1])], axis=0)
+    return mean
 
 
 def _by_score(scores: RowScores, y: RowLabels, weights: RowWeights) -> tuple[np.ndarray, np.ndarray]:
@@ -115,4 +117,7 @@ def _ranks(values: RowScores, weights: RowWeights) -> Float[np.ndarray, "draws r
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Divide; NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)
+    ratio: np.ndarray = np.divide(
+        numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0
+    )
+    return ratio

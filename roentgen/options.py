@@ -116,7 +116,8 @@ def _facts(field: FieldInfo) -> dict[str, Any]:
 def _flags(name: str, field: FieldInfo) -> list[str]:
     """Return an option's flags; a flag that is on by default gets one to turn it off."""
     flag = name.replace("_", "-")
-    return _facts(field).get("flags", [f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"])
+    flags: list[str] = _facts(field).get("flags", [f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"])
+    return flags
 
 
 def _line(model: type[BaseModel], location: tuple[int | str, ...], message: str, value: Any) -> str:

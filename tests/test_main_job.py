@@ -208,7 +208,7 @@ def test_a_job_on_a_running_cluster(tmp_path: Path, ray_home: RayHome) -> None:
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert serve.stdout is not None
-    said = []
+    said: list[str] = []
     while "Ctrl-C" not in (line := serve.stdout.readline()):
         assert line, "".join(said)
         said.append(line)

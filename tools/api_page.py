@@ -96,8 +96,9 @@ def fields(kind: type) -> list[tuple[str, str]]:
         for field, below in zip(node.body, node.body[1:], strict=False):
             if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
                 continue
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            if documented and not field.target.id.startswith("_"):
+            if not (isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)):
+                continue
+            if not field.target.id.startswith("_"):
                 found.append((field.target.id, inspect.cleandoc(ast.literal_eval(below.value))))
     return found
 
@@ -119,7 +120,7 @@ def function(name: str, value: Any, level: str) -> str:
 
 def display_name(parameter: inspect.Parameter) -> str:
     """Return a parameter as it stands in a call; what is not a plain value is left out."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
     plain = isinstance(parameter.default, str | int | float | tuple | None.__class__)
     written = f'"{parameter.default}"' if isinstance(parameter.default, str) else repr(parameter.default)
     default = "" if parameter.default is inspect.Parameter.empty else f"={written}" if plain else "=…"

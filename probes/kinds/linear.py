@@ -32,7 +32,8 @@ class LinearProbes:
     def scores(self, X: Float[Tensor, "models rows d"]) -> Float[Tensor, "models strengths outputs rows"]:
         """Return the scores of rows: log-odds, a value, or a logit per class."""
         Z = (X.double() - self.mean[:, None]) / self.scale[:, None]
-        return (self.weight.flatten(1, 2) @ Z.mT).unflatten(1, self.weight.shape[1:3]) + self.bias[..., None]
+        scores: Tensor = (self.weight.flatten(1, 2) @ Z.mT).unflatten(1, self.weight.shape[1:3]) + self.bias[..., None]
+        return scores
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def _products(Z: Float[Tensor, "models rows d"]) -> tuple[Product, Product]:
             flat = v.flatten(1, 2)
             for matrix in matrices:
                 flat = flat @ matrix
-            return flat.unflatten(1, v.shape[1:3])
+            product: Tensor = flat.unflatten(1, v.shape[1:3])
+            return product
 
         return times
 

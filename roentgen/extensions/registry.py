@@ -200,7 +200,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _imported(load: Callable[[], Any], what: str) -> Any:
+def _imported(load: Callable[[], T], what: str) -> T:
     try:
         return load()
     except Exception as error:

@@ -6,7 +6,7 @@ excluded from all numbers.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,11 +125,12 @@ def _counterparts(
 ) -> list[tuple[str | None, str | None]]:
     """Pair variants: first those with equal name and prefix, then equal prefix, then equal name."""
     found: list[tuple[str | None, str | None]] = []
-    for alike in (
+    rules: tuple[Callable[[str | None, str | None], bool], ...] = (
         lambda one, two: one == two and first[one] == second[two],
         lambda one, two: first[one] == second[two],
         lambda one, two: one == two,
-    ):
+    )
+    for alike in rules:
         for one in first:
             two = next((n for n in second if alike(one, n) and n not in {b for _, b in found}), one)
             if two in second and alike(one, two) and not any(one == a or two == b for a, b in found):

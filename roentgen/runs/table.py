@@ -87,4 +87,5 @@ def frame_of(
     """Return samples as a table in their order; the arguments are those of `row_of`."""
     found = list(samples)
     rows = [row_of(sample, extractor, session_uri) for sample in found]
-    return pa.Table.from_pylist(rows, schema=schema_of(extractors_of(found))).to_pandas()
+    table: pd.DataFrame = pa.Table.from_pylist(rows, schema=schema_of(extractors_of(found))).to_pandas()
+    return table

@@ -110,7 +110,8 @@ class Session:
             frame = frame.sort_values("rollout_id", kind="stable")
             keyed = frame["config_hash"].notna()
             frame = frame[~keyed | ~frame.duplicated(_KEY_COLUMNS, keep="last")]
-        return frame.reset_index(drop=True)
+        rollouts: pd.DataFrame = frame.reset_index(drop=True)
+        return rollouts
 
     def index(
         self, columns: Sequence[str] | None = None, *, ids: Collection[str] | None = None

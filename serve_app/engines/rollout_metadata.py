@@ -185,4 +185,5 @@ def _listed(values: Float[Tensor, "..."]) -> list[Any]:
         return values.tolist()
     listed = values.numpy().astype(object)
     listed[~finite.numpy()] = None
-    return listed.tolist()
+    found: list[Any] = listed.tolist()
+    return found

@@ -267,22 +267,25 @@ class ChatReply:
         tokens: list[int] | None = None,
     ) -> schemas.ChatCompletionChunk:
         choice: schemas.ChatChunkChoice = {
-            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason
         }  # fmt: skip
+        if probed and "probes" in probed:
+            choice["probes"] = probed["probes"]
         if self.request.returns_token_ids and tokens is not None:
             choice["token_ids"] = tokens
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.ChatChunkChoice]) -> schemas.ChatCompletionChunk:
-        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage_in_chunks else {}
-        return {
+        chunk: schemas.ChatCompletionChunk = {
             "id": self.request_id,
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
-            **counted,
         }
+        if self.request.counts_usage_in_chunks:
+            chunk["usage"] = self._usage()
+        return chunk
 
 
 def usage(n_prompt: int, completion: int, dones: Sequence[Sequence[Done | None]]) -> schemas.Usage:

@@ -254,8 +254,10 @@ class CompletionReply:
         tokens: list[int] | None = None,
     ) -> schemas.CompletionChunk:
         choice: schemas.CompletionChunkChoice = {
-            "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+            "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason
         }  # fmt: skip
+        if probed and "probes" in probed:
+            choice["probes"] = probed["probes"]
         if self.request.returns_token_ids:
             choice["token_ids"] = tokens or []
             if not self._begun[index]:
@@ -264,12 +266,13 @@ class CompletionReply:
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.CompletionChunkChoice]) -> schemas.CompletionChunk:
-        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage_in_chunks else {}
-        return {
+        chunk: schemas.CompletionChunk = {
             "id": self.request_id,
             "object": "text_completion",
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
-            **counted,
         }
+        if self.request.counts_usage_in_chunks:
+            chunk["usage"] = self._usage()
+        return chunk

@@ -138,11 +138,12 @@ def _completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: TokenizedText, t
 def _end_of_turn(model: LoadedModel) -> int | None:
     """Return the token that ends the assistant's turn in the model's chat template; a model may have several such tokens."""
     words = "Indeed."
+    end_of_text: int | None = model.tokenizer.eos_token_id
     try:
         rendered = model.tokenizer.apply_chat_template(
             [{"role": "user", "content": words}, {"role": "assistant", "content": words}], tokenize=False
         )
     except TemplateError:  # some templates require a system message
-        return model.tokenizer.eos_token_id
+        return end_of_text
     after = model.tokenizer(str(rendered).rpartition(words)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in after if token in model.eos_token_ids), model.tokenizer.eos_token_id)
+    return next((token for token in after if token in model.eos_token_ids), end_of_text)

@@ -86,7 +86,7 @@ def test_captures_as_a_client_asks_for_them() -> None:
 
 def test_rounds_alternate_their_order() -> None:
     order: list[str] = []
-    arms = {name: lambda name=name: float(len(order) + bool(order.append(name))) for name in "ab"}
+    arms = {name: lambda name=name: float(len(order) + bool(order.append(name))) for name in "ab"}  # type: ignore[func-returns-value]
     found = interleave(arms, 3)
     assert "".join(order) == "abbaab"
     assert found == {"a": [0, 3, 4], "b": [1, 2, 5]}

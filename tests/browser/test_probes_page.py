@@ -14,7 +14,7 @@ from probes.styles import CLASSES
 from probes.train import train
 from tests.browser.chromium import Browser
 from tests.browser.looks import check_looks
-from tests.probes.conftest import build_run, planted
+from tests.probes.conftest import BuildRun, Plant, build_run, planted
 
 __all__ = ["build_run", "planted"]  # fixtures
 
@@ -22,7 +22,7 @@ KEYS = ("layers.1.resid_post", "layers.3.resid_post")
 
 
 @pytest.fixture
-def page(build_run, planted) -> Path:
+def page(build_run: BuildRun, planted: Plant) -> Path:
     features, _ = planted(KEYS, None)
     correct = [number % 10 == 0 for number in range(80)]
     features[KEYS[1]][:, 0] += 4 * torch.tensor(correct)

@@ -16,7 +16,7 @@ async def test_the_page_as_a_reader_meets_it(browser: Browser, write_run: Callab
     report = roentgen.probes.stop(write_run(), probe(), controls=1)
     page = Path(report.folder) / "stopping.html"
     await browser.open(page)
-    assert await browser.ask("document.querySelector('#saved').textContent") == str(report.probes_own.saved)  # type: ignore[union-attr]
+    assert await browser.ask("document.querySelector('#saved').textContent") == str(report.probes_own.saved)
     assert await browser.ask("[...document.images].map(i => i.naturalWidth > 300 && i.clientWidth > 200)") == [True]
     assert await browser.ask("document.querySelectorAll('#chosen tbody tr').length") == 1 + len(report.chosen)
     assert await browser.ask("document.documentElement.scrollWidth <= innerWidth")

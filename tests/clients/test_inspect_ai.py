@@ -48,7 +48,7 @@ KEEP = {"layers": "3", "hook_points": "resid_post", "positions": "last"}
 def rollouts(store: Path, session: str) -> dict[str, dict[str, Any]]:
     """A session's index, by the rollouts' ids."""
     frame = Session.open(str(store / session)).rollouts(unique=False, columns=("labels", "text"))
-    return {row["rollout_id"]: row for row in frame.to_dict("records")}
+    return {row["rollout_id"]: {str(name): value for name, value in row.items()} for row in frame.to_dict("records")}
 
 
 def check_joined(log: EvalLog, kept: dict[str, dict[str, Any]], scorer: str) -> int:
@@ -176,7 +176,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     replica.reconfigure(config.choice.model_dump())
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ROENTGEN_API_KEY", raising=False)
-        app = Ingress(Handle(replica), config, lambda choice: None).__serve_build_asgi_app__()  # type: ignore[arg-type]
+        app = Ingress(Handle(replica), config, lambda choice: None).__serve_build_asgi_app__()
         web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=web.run, daemon=True)
         thread.start()

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.rotating]
 @pytest.fixture(params=[False, True], ids=["chat", "responses"])
 def chat(server: Server, request: pytest.FixtureRequest) -> ChatOpenAI:
     return ChatOpenAI(
-        model=MODEL, base_url=server.base_url, api_key="none", temperature=0, max_completion_tokens=60,  # type: ignore[arg-type]
+        model=MODEL, base_url=server.base_url, api_key="none", temperature=0, max_completion_tokens=60,
         extra_body=keep("langchain"), use_responses_api=request.param, max_retries=0,
     )  # fmt: skip
 

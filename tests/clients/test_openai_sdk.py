@@ -113,22 +113,22 @@ def test_errors_are_the_sdks_classes_and_name_the_parameter(
 ) -> None:
     with pytest.raises(kind) as caught:
         client.chat.completions.create(**{**ASK, **extra}, stream=stream)
-    assert caught.value.param == param  # type: ignore[attr-defined]
+    assert caught.value.param == param
     assert caught.value.request_id
 
 
 def test_activations_whole_streamed_and_of_several_choices(client: OpenAI) -> None:
     whole = client.chat.completions.create(**ASK, extra_body=KEEP)
-    rows = whole.activations["tensors"][KEY]["shape"][0]  # type: ignore[attr-defined]
+    rows = whole.activations["tensors"][KEY]["shape"][0]
     assert whole.usage is not None
     assert rows == whole.usage.total_tokens - 1
     *before, last = client.chat.completions.create(**ASK, stream=True, extra_body=KEEP)
     assert not any("activations" in (chunk.model_extra or {}) for chunk in before)
     assert last.activations["tensors"][KEY]["shape"][0] == rows
     several = client.chat.completions.create(**{**ASK, "temperature": 1}, n=2, extra_body=KEEP)
-    assert [r["choice_index"] for r in several.activations["rollouts"]] == [0, 1]  # type: ignore[attr-defined]
+    assert [r["choice_index"] for r in several.activations["rollouts"]] == [0, 1]
     raw = client.completions.create(model=MODEL, prompt="One, two,", max_tokens=2, extra_body=KEEP)
-    assert raw.activations["tensors"][KEY]["shape"][1] == 576  # type: ignore[attr-defined]
+    assert raw.activations["tensors"][KEY]["shape"][1] == 576
 
 
 def test_the_documented_script_runs(docs: Documentation) -> None:

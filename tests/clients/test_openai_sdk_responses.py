@@ -24,7 +24,7 @@ def test_created_streamed_and_as_a_chat_the_text_is_the_same(client: OpenAI) -> 
         events = list(stream)
         final = stream.get_final_response()
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
-    chat = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, stop=".")  # type: ignore[arg-type]
+    chat = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, stop=".")
     assert whole.output_text
     assert whole.output_text == final.output_text == chat.choices[0].message.content
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == final.output_text
@@ -33,14 +33,14 @@ def test_created_streamed_and_as_a_chat_the_text_is_the_same(client: OpenAI) -> 
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
         chat.usage.prompt_tokens, chat.usage.completion_tokens
     )  # fmt: skip
-    assert KEY in whole.activations["tensors"]  # type: ignore[attr-defined]
-    assert KEY in final.activations["tensors"]  # type: ignore[attr-defined]
+    assert KEY in whole.activations["tensors"]
+    assert KEY in final.activations["tensors"]
 
 
 def test_logprobs(client: OpenAI) -> None:
     reply = client.responses.create(**ASK, include=["message.output_text.logprobs"], top_logprobs=2)
-    (part,) = reply.output[0].content  # type: ignore[union-attr]
-    assert "".join(token.token for token in part.logprobs) == reply.output_text  # type: ignore[union-attr]
+    (part,) = reply.output[0].content
+    assert "".join(token.token for token in part.logprobs) == reply.output_text
 
 
 def test_a_call_its_result_and_the_answer(client: OpenAI) -> None:
@@ -54,7 +54,7 @@ def test_a_call_its_result_and_the_answer(client: OpenAI) -> None:
         kinds = {event.type for event in stream}
         (streamed,) = stream.get_final_response().output
     assert "response.function_call_arguments.delta" in kinds
-    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)  # type: ignore[union-attr]
+    assert (streamed.name, streamed.arguments) == (call.name, call.arguments)
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "snow"}
     history = [{"role": "user", "content": QUESTION}, *called.output, result]
     answer = client.responses.create(**{**ask, "input": history}, tool_choice="none", extra_body=KEEP)
@@ -88,4 +88,4 @@ def test_errors_name_the_parameter(
 ) -> None:
     with pytest.raises(kind) as caught:
         client.responses.create(**{**ASK, **extra}, stream=stream)
-    assert caught.value.param == param  # type: ignore[attr-defined]
+    assert caught.value.param == param

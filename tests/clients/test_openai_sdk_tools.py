@@ -66,7 +66,7 @@ def test_parse_gives_the_called_tools_pydantic_objects(client: OpenAI) -> None:
     calls = reply.choices[0].message.tool_calls
     assert calls
     assert all(isinstance(call.function.parsed_arguments, Weather | Clock) for call in calls)
-    assert reply.activations["tensors"][KEY]["shape"][0] == reply.usage.total_tokens - 1  # type: ignore[attr-defined,union-attr]
+    assert reply.activations["tensors"][KEY]["shape"][0] == reply.usage.total_tokens - 1
 
 
 def test_streamed_calls_are_put_together_by_the_sdk(client: OpenAI) -> None:
@@ -81,7 +81,7 @@ def test_streamed_calls_are_put_together_by_the_sdk(client: OpenAI) -> None:
     assert "tool_calls.function.arguments.delta" in kinds
     assert "tool_calls.function.arguments.done" in kinds
     last = [event for event in events if event.type == "chunk"][-1].chunk
-    assert KEY in last.activations["tensors"]  # type: ignore[attr-defined]
+    assert KEY in last.activations["tensors"]
 
 
 def test_a_call_its_result_and_the_answer(client: OpenAI) -> None:
@@ -95,7 +95,7 @@ def test_a_call_its_result_and_the_answer(client: OpenAI) -> None:
     answer = client.chat.completions.create(**history, tools=TOOLS, tool_choice="none", extra_body=KEEP)
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
-    assert KEY in answer.activations["tensors"]  # type: ignore[attr-defined]
+    assert KEY in answer.activations["tensors"]
     auto = client.chat.completions.create(**history, tools=TOOLS)
     assert auto.usage is not None
     assert called.usage is not None
@@ -107,13 +107,13 @@ def test_a_reply_parsed_into_a_pydantic_model(client: OpenAI) -> None:
     reply = client.chat.completions.parse(**SUM, response_format=Answer, extra_body=KEEP)
     parsed = reply.choices[0].message.parsed
     assert isinstance(parsed, Answer)
-    assert KEY in reply.activations["tensors"]  # type: ignore[attr-defined]
+    assert KEY in reply.activations["tensors"]
     with client.chat.completions.stream(**SUM, response_format=Answer, extra_body=KEEP) as stream:
         events = list(stream)
         final = stream.get_final_completion()
     assert final.choices[0].message.parsed == parsed
     assert "content.done" in [event.type for event in events]
-    assert KEY in [event for event in events if event.type == "chunk"][-1].chunk.activations["tensors"]  # type: ignore[attr-defined]
+    assert KEY in [event for event in events if event.type == "chunk"][-1].chunk.activations["tensors"]
     # What went out of the SDK goes back in.
     again = [*SUM["messages"], reply.choices[0].message, {"role": "user", "content": "And 4 + 4?"}]
     assert client.chat.completions.parse(**{**SUM, "messages": again}, response_format=Answer).choices[0].message.parsed

@@ -92,7 +92,7 @@ def test_verdicts_are_the_harnesss_on_real_outputs(
     with OpenAI(base_url=server.base_url, api_key="none", timeout=300) as client:
         outputs = [
             client.chat.completions.create(
-                model="smollm2-135m", messages=PROMPTS[name].messages(problem), max_tokens=64, temperature=0,  # type: ignore[arg-type]
+                model="smollm2-135m", messages=PROMPTS[name].messages(problem), max_tokens=64, temperature=0,
                 stop=list(PROMPTS[name].stop),
             ).choices[0].message.content or ""
             for problem in problems

@@ -152,7 +152,7 @@ def test_a_factory_that_cannot_start_says_why() -> None:
     @contextmanager
     def factory(settings: EvalSettings) -> Iterator[str]:
         raise EvalError("no such model")
-        yield ""
+        yield ""  # type: ignore[unreachable]
 
     code, _, stderr = run(factory=factory)
     assert (code, stderr.strip()) == (2, "error: no such model")

@@ -213,7 +213,8 @@ def test_so_many_failed_samples_stop_the_run_and_no_fewer(server: StandIn) -> No
 
 
 def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    append, kept = Recorder.append, []
+    append = Recorder.append
+    kept: list[Sample] = []
 
     def interrupt(self: Recorder, sample: Sample) -> None:
         append(self, sample)
@@ -233,7 +234,8 @@ def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPat
 def test_a_full_disk_is_one_clear_error(
     server: StandIn, monkeypatch: pytest.MonkeyPatch, room: int, said: str, tmp_path: Path
 ) -> None:
-    append, kept = Recorder.append, []
+    append = Recorder.append
+    kept: list[Sample] = []
 
     def full(self: Recorder, sample: Sample) -> None:
         if len(kept) == room:

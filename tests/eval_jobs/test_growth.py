@@ -170,7 +170,7 @@ def test_another_configuration_is_refused_before_a_server_is_started(tmp_path: P
     @contextmanager
     def factory(settings: object) -> Iterator[str]:
         raise AssertionError("started")
-        yield ""
+        yield ""  # type: ignore[unreachable]
 
     app = typer.Typer()
     app.command()(command)

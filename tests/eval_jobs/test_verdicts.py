@@ -37,9 +37,9 @@ async def test_a_verdict_or_a_truth_value_sync_or_async() -> None:
         (None, r"returned None \(NoneType\) for capital-1"),
         (1, r"returned 1 \(int\)"),
         ((True, "Paris"), r"returned \(True, 'Paris'\) \(tuple\)"),
-        (Verdict("yes"), r"returned a Verdict for capital-1 with correct='yes' \(str\); allowed are True and False"),  # type: ignore[arg-type]
-        (Verdict(True, 18), r"with answer=18 \(int\); allowed are a text and None"),  # type: ignore[arg-type]
-        (Verdict(True, "a", {"score": [1]}), r"with values=.*a label is a text, a number.*and this is a list"),  # type: ignore[dict-item]
+        (Verdict("yes"), r"returned a Verdict for capital-1 with correct='yes' \(str\); allowed are True and False"),
+        (Verdict(True, 18), r"with answer=18 \(int\); allowed are a text and None"),
+        (Verdict(True, "a", {"score": [1]}), r"with values=.*a label is a text, a number.*and this is a list"),
         (Verdict(True, "a", {"score": float("nan")}), "only finite numbers"),
     ],
 )

@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest.mock import MagicMock
 
 import openai
@@ -153,7 +153,7 @@ TRUE = {
 
 
 class _Fake(types.ModuleType):
-    __path__: ClassVar[list[str]] = []
+    __path__: list[str] = []  # noqa: RUF012 - as a package has it
 
     def __getattr__(self, name: str) -> Any:
         full = f"{self.__name__}.{name}"
@@ -171,7 +171,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in FAKED else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return TRUE.get(spec.name) or _Fake(spec.name)  # `import vllm.envs` sees what `from vllm import envs` does
+        return cast(
+            types.ModuleType, TRUE.get(spec.name) or _Fake(spec.name)
+        )  # `import vllm.envs` sees what `from vllm import envs` does
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass

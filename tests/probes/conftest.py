@@ -18,6 +18,7 @@ N_PROMPT, N_COMPLETION = 3, 3
 N_ROWS = N_PROMPT + N_COMPLETION - 1
 
 BuildRun = Callable[..., Run]
+Plant = Callable[..., tuple[dict[str, Tensor], list[bool]]]
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def build_run(tmp_path: Path) -> BuildRun:
 
 
 @pytest.fixture
-def planted() -> Callable[..., tuple[dict[str, Tensor], list[bool]]]:
+def planted() -> Plant:
     """Return a function that makes features with the label planted in one key's direction, and noise in the others."""
 
     def make(

@@ -1,5 +1,7 @@
 """Calibrated scores are log-odds: on data with known probabilities, and compared with scikit-learn tuned by log-loss."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from probes.kinds.linear import LinearProbes
 from probes.labels import Target
 
 
-def known(n: int, d: int, strength: float, share: float, seed: int = 0, attempts: int = 1):
+def known(n: int, d: int, strength: float, share: float, seed: int = 0, attempts: int = 1) -> Any:
     """Rows, labels drawn with known probabilities, these, and groups of attempts whose rows are alike."""
     generator = np.random.default_rng(seed)
     groups = np.repeat(np.arange(n // attempts), attempts)
@@ -41,7 +43,9 @@ def measured(p: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     ("n", "d", "strength", "share", "attempts", "above"),
     [(400, 6, 2.0, 0.5, 1, 0.01), (600, 10, 2.0, 0.1, 1, 0.01), (480, 4, 2.0, 0.4, 4, 0.02)],
 )
-def test_log_odds_are_near_the_best_there_is(name, n, d, strength, share, attempts, above):
+def test_log_odds_are_near_the_best_there_is(
+    name: str, n: int, d: int, strength: float, share: float, attempts: int, above: float
+) -> None:
     """Balanced, rare, and in groups: a Brier score next to that of the true probabilities."""
     X, y, p, groups = known(n, d, strength, share, attempts=attempts)
     target = Target.of("label", y.tolist())
@@ -54,7 +58,7 @@ def test_log_odds_are_near_the_best_there_is(name, n, d, strength, share, attemp
 
 @pytest.mark.parametrize("name", ["logistic", "mean_difference", "lda"])
 @pytest.mark.parametrize("strength", [0.0, 3.0])
-def test_few_rows_of_many_features_do_not_look_certain(name, strength):
+def test_few_rows_of_many_features_do_not_look_certain(name: str, strength: float) -> None:
     """120 rows of 600 features: no worse than scikit-learn, and than the share of True; uncalibrated, it is far worse."""
     X, y, _, groups = known(120, 600, strength, 0.5)
     target = Target.of("label", y.tolist())
@@ -69,7 +73,7 @@ def test_few_rows_of_many_features_do_not_look_certain(name, strength):
     assert ece < 0.13
 
 
-def test_log_odds_agree_with_scikit_learn_chosen_by_the_log_loss():
+def test_log_odds_agree_with_scikit_learn_chosen_by_the_log_loss() -> None:
     X, y, _, groups = known(500, 8, 1.5, 0.3, seed=2)
     target = Target.of("label", y.tolist())
     folds = nested_folds(target, groups)
@@ -84,7 +88,7 @@ def test_log_odds_agree_with_scikit_learn_chosen_by_the_log_loss():
     assert measured(said(found), y)[0] == pytest.approx(measured(reference, y)[0], abs=0.004)
 
 
-def test_a_refit_is_calibrated_as_it_is_saved():
+def test_a_refit_is_calibrated_as_it_is_saved() -> None:
     """The probe of all rows, with its slope and intercept folded in, on rows that nothing has seen."""
     X, y, _, groups = known(400, 6, 2.0, 0.3)
     target = Target.of("label", y.tolist())
@@ -102,7 +106,7 @@ def test_a_refit_is_calibrated_as_it_is_saved():
     assert ece < 0.04
 
 
-def test_slope_and_intercept_are_platts():
+def test_slope_and_intercept_are_platts() -> None:
     generator = np.random.default_rng(0)
     scores = generator.normal(size=(3, 200)) * [[1], [30], [0.01]]
     y = generator.random(200) < 1 / (1 + np.exp(-scores[0]))
@@ -114,7 +118,7 @@ def test_slope_and_intercept_are_platts():
         assert found.intercept[number] == pytest.approx(-reference.b_, rel=2e-3, abs=2e-3)
 
 
-def test_a_probe_that_does_worse_than_chance_says_the_share_of_true():
+def test_a_probe_that_does_worse_than_chance_says_the_share_of_true() -> None:
     y = np.arange(100) < 25
     found = Calibration.binary(np.stack([np.where(y, -1.0, 1.0), np.zeros(100)]), y)
     assert found.slope[0] == LEAST_SLOPE
@@ -122,7 +126,7 @@ def test_a_probe_that_does_worse_than_chance_says_the_share_of_true():
     assert share == pytest.approx([0.25, 0.25], abs=0.02)
 
 
-def test_logits_of_classes_are_calibrated():
+def test_logits_of_classes_are_calibrated() -> None:
     """Logits three times too large are brought back."""
     generator = np.random.default_rng(1)
     logits = generator.normal(size=(3000, 4)) * 1.5
@@ -132,7 +136,7 @@ def test_logits_of_classes_are_calibrated():
     assert found.slope == pytest.approx([1 / 3, 5], rel=0.08)
 
 
-def test_penalties_are_chosen_by_the_log_loss_not_by_rank():
+def test_penalties_are_chosen_by_the_log_loss_not_by_rank() -> None:
     """Rank order is perfect under every penalty; the log-loss tells them apart, and the strongest is not taken."""
     generator = np.random.default_rng(0)
     y = np.arange(200) % 2 == 0

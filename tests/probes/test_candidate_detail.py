@@ -12,13 +12,13 @@ from probes.folds import nested_folds
 from probes.kinds import KINDS
 from probes.plots import along_trace, projection
 from roentgen.runs import Run
-from tests.probes.conftest import N_COMPLETION, N_PROMPT, N_ROWS
+from tests.probes.conftest import N_COMPLETION, N_PROMPT, N_ROWS, BuildRun, Plant
 
 KEY = "layers.1.resid_post"
 
 
 @pytest.fixture
-def run(build_run, planted) -> Run:
+def run(build_run: BuildRun, planted: Plant) -> Run:
     return build_run(*planted([KEY], KEY))
 
 
@@ -27,7 +27,7 @@ def look(data: ProbeDataset) -> CandidateDetail:
     return score_candidate(data, KEY, "last_prompt", KINDS["logistic"], 0.01, folds)
 
 
-def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run, planted):
+def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run: Run, planted: Plant) -> None:
     features, correct = planted([KEY], KEY)
     X, y = features[KEY].double().numpy(), np.array(correct)
     data = ProbeDataset.open(run.path)
@@ -55,7 +55,7 @@ def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run, 
             assert len(trace.tokens) == N_PROMPT + N_COMPLETION
 
 
-def test_across_is_what_the_probe_does_not_see(run):
+def test_across_is_what_the_probe_does_not_see(run: Run) -> None:
     """A large variation that has nothing to do with the label is found, and the label is not in it."""
     data = ProbeDataset.open(run.path)
     detail = look(data)
@@ -64,7 +64,7 @@ def test_across_is_what_the_probe_does_not_see(run):
     assert abs(np.corrcoef(detail.across, y)[0, 1]) < 0.3
 
 
-def test_pictures_have_a_line_and_a_cloud_per_class(run):
+def test_pictures_have_a_line_and_a_cloud_per_class(run: Run) -> None:
     data = ProbeDataset.open(run.path)
     detail = look(data)
     (axes,) = along_trace(detail, "correct").axes
@@ -77,7 +77,7 @@ def test_pictures_have_a_line_and_a_cloud_per_class(run):
     assert [len(cloud.get_offsets()) for cloud in axes.collections] == [40, 40]
 
 
-def test_traces_that_were_not_stored_are_left_out(build_run, planted):
+def test_traces_that_were_not_stored_are_left_out(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted([KEY], KEY)
     run = build_run(features, correct, positions="last")
     data = ProbeDataset.open(run.path)
@@ -85,7 +85,7 @@ def test_traces_that_were_not_stored_are_left_out(build_run, planted):
     assert score_candidate(data, KEY, "last", KINDS["logistic"], 0.01, folds).traces == ()
 
 
-def test_only_so_many_traces_are_read(build_run):
+def test_only_so_many_traces_are_read(build_run: BuildRun) -> None:
     n = MOST_TRACES + 60
     features = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
     run = build_run({KEY: features}, [i % 4 > 0 for i in range(n)])

@@ -1,4 +1,6 @@
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -9,11 +11,14 @@ from probes.baselines import covariates
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from roentgen.runs import Run, RunError
+from tests.probes.conftest import BuildRun, Plant
 
 KEYS = ("layers.2.resid_post", "layers.10.resid_post", "layers.2.mlp_out", "embed")
 
 
-def test_features_are_the_rows_of_the_asked_position_in_the_order_of_examples(build_run, planted):
+def test_features_are_the_rows_of_the_asked_position_in_the_order_of_examples(
+    build_run: BuildRun, planted: Plant
+) -> None:
     features, correct = planted(KEYS, None, n=10)
     run = build_run(features, correct, sessions=("one", "two"))
     data = ProbeDataset.open(run.path)
@@ -35,7 +40,7 @@ def test_features_are_the_rows_of_the_asked_position_in_the_order_of_examples(bu
     assert torch.allclose(data.features(KEYS[0], "mean_generated"), features[KEYS[0]] + 150, atol=1e-4)
 
 
-def test_labels_groups_and_covariates_follow_the_record(build_run, planted):
+def test_labels_groups_and_covariates_follow_the_record(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None, n=6)
     run = build_run(
         features,
@@ -54,7 +59,7 @@ def test_labels_groups_and_covariates_follow_the_record(build_run, planted):
     assert ProbeDataset.open(run.path, "truncated").target.values.tolist() == [False, True, False, True, False, False]
 
 
-def test_hook_points_are_in_order_of_layer(build_run, planted):
+def test_hook_points_are_in_order_of_layer(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(("layers.10.resid_post", "layers.2.resid_post", "embed"), None, n=6))
     assert ProbeDataset.open(run.path).hook_points() == {
         "embed": ["embed"],
@@ -62,7 +67,9 @@ def test_hook_points_are_in_order_of_layer(build_run, planted):
     }
 
 
-def test_failed_samples_and_samples_without_rollout_are_left_out_and_counted(build_run, planted):
+def test_failed_samples_and_samples_without_rollout_are_left_out_and_counted(
+    build_run: BuildRun, planted: Plant
+) -> None:
     features, correct = planted(KEYS, None, n=8)
     run = build_run(features, correct, changes={0: {"error": "timed out"}, 3: {"rollouts": []}})
     data = ProbeDataset.open(run.path)
@@ -70,7 +77,7 @@ def test_failed_samples_and_samples_without_rollout_are_left_out_and_counted(bui
     assert torch.equal(data.features(KEYS[0]), features[KEYS[0]][[1, 2, 4, 5, 6, 7]])
 
 
-def test_the_first_turn_counts(build_run, planted):
+def test_the_first_turn_counts(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None, n=6)
     run = build_run(features, correct)
     samples = run.read_samples()
@@ -80,7 +87,7 @@ def test_the_first_turn_counts(build_run, planted):
     assert torch.equal(ProbeDataset.open(run.path).features(KEYS[0]), features[KEYS[0]])
 
 
-def test_a_moved_run_is_read_from_where_it_is(build_run, planted, tmp_path):
+def test_a_moved_run_is_read_from_where_it_is(build_run: BuildRun, planted: Plant, tmp_path: Path) -> None:
     features, correct = planted(KEYS, None, n=6)
     run = build_run(features, correct)
     moved = tmp_path / "elsewhere" / "run"
@@ -88,14 +95,14 @@ def test_a_moved_run_is_read_from_where_it_is(build_run, planted, tmp_path):
     assert torch.equal(ProbeDataset.open(moved).features(KEYS[0]), features[KEYS[0]])
 
 
-def test_a_lost_store_is_named(build_run, planted):
+def test_a_lost_store_is_named(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(KEYS, None, n=6))
     shutil.rmtree(run.path / "activations")
     with pytest.raises(ProbeDataError, match=r"activations/session is not a session"):
         ProbeDataset.open(run.path)
 
 
-def test_a_lost_rollout_is_named(build_run, planted):
+def test_a_lost_rollout_is_named(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(KEYS, None, n=6))
     for file in (run.path / "activations/session/index").iterdir():
         file.unlink()
@@ -104,28 +111,28 @@ def test_a_lost_rollout_is_named(build_run, planted):
 
 
 @pytest.mark.parametrize(("answer", "other"), [(False, True), (True, False)])
-def test_one_class_is_refused(build_run, planted, answer, other):
+def test_one_class_is_refused(build_run: BuildRun, planted: Plant, answer: Any, other: Any) -> None:
     features, _ = planted(KEYS, None, n=8)
     run = build_run(features, [answer] * 8)
     with pytest.raises(OneClassError, match=rf"all 8 samples have correct = {answer}: a probe needs both classes"):
         ProbeDataset.open(run.path)
 
 
-def test_a_class_within_one_problem_is_refused(build_run, planted):
+def test_a_class_within_one_problem_is_refused(build_run: BuildRun, planted: Plant) -> None:
     features, _ = planted(KEYS, None, n=4)
     run = build_run(features, [True, True, False, False], problems=["a", "a", "b", "c"])
     with pytest.raises(OneClassError, match=r"only one problem has samples with correct = True"):
         ProbeDataset.open(run.path)
 
 
-def test_a_run_without_activations_says_so(build_run, planted):
+def test_a_run_without_activations_says_so(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None, n=4)
     run = build_run(features, correct, changes={i: {"rollouts": []} for i in range(4)})
     with pytest.raises(RunError, match=r"no activations: none of its 4 samples"):
         ProbeDataset.open(run.path)
 
 
-def test_unknown_words_are_answered_with_the_known_ones(build_run, planted):
+def test_unknown_words_are_answered_with_the_known_ones(build_run: BuildRun, planted: Plant) -> None:
     run: Run = build_run(*planted(KEYS, None, n=4))
     with pytest.raises(ProbeDataError, match=r"label: 'happy' .* correct, truncated, difficulty"):
         ProbeDataset.open(run.path, "happy")
@@ -136,7 +143,7 @@ def test_unknown_words_are_answered_with_the_known_ones(build_run, planted):
         data.features("layers.9.resid_post")
 
 
-def test_positions_that_were_not_stored_are_refused(build_run, planted):
+def test_positions_that_were_not_stored_are_refused(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(KEYS, None, n=4), positions="last")
     data = ProbeDataset.open(run.path)
     assert data.features(KEYS[0], "last").shape == (4, 24)
@@ -144,7 +151,7 @@ def test_positions_that_were_not_stored_are_refused(build_run, planted):
         data.features(KEYS[0])
 
 
-def test_values_that_are_not_finite_are_refused(build_run, planted):
+def test_values_that_are_not_finite_are_refused(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None, n=6)
     features[KEYS[1]][2, 5] = np.inf
     run = build_run(features, correct)
@@ -152,7 +159,7 @@ def test_values_that_are_not_finite_are_refused(build_run, planted):
         ProbeDataset.open(run.path).features(KEYS[1])
 
 
-def test_rows_that_are_all_nan_are_not_taken_for_padding(build_run, planted):
+def test_rows_that_are_all_nan_are_not_taken_for_padding(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None, n=6)
     features[KEYS[1]][2] = np.nan
     run = build_run(features, correct)
@@ -163,7 +170,7 @@ def test_rows_that_are_all_nan_are_not_taken_for_padding(build_run, planted):
             data.features(KEYS[1], positions)
 
 
-def test_another_session_is_joined_on_the_key(build_run, planted):
+def test_another_session_is_joined_on_the_key(build_run: BuildRun, planted: Plant) -> None:
     """Sessions "one" and "two" each hold half of the samples; the record's own rollout ids are not looked at."""
     features, _ = planted(KEYS, None, n=12)
     correct = [True, True, False, False] * 3
@@ -175,7 +182,7 @@ def test_another_session_is_joined_on_the_key(build_run, planted):
     assert data.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_session_of_other_texts_is_refused(build_run, planted):
+def test_a_session_of_other_texts_is_refused(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(KEYS, None, n=6))
     samples = [sample.model_copy(update={"config_hash": "another"}) for sample in run.read_samples()]
     run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in samples))
@@ -185,7 +192,7 @@ def test_a_session_of_other_texts_is_refused(build_run, planted):
         ProbeDataset.open(run.path, session="nowhere")
 
 
-def test_what_is_not_asked_for_is_not_loaded(build_run):
+def test_what_is_not_asked_for_is_not_loaded(build_run: BuildRun) -> None:
     """Two keys at one position, of a session twenty-five times as large: what is held is what is used."""
     n, d = 100, 4096
     keys = [f"layers.{layer}.resid_post" for layer in range(10)]

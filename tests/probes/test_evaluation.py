@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
@@ -12,11 +14,11 @@ from probes.labels import Target
 LOGISTIC = KINDS["logistic"]
 
 
-def target(y) -> Target:
+def target(y: Any) -> Target:
     return Target.of("label", list(y))
 
 
-def test_problem_identity_does_not_leak():
+def test_problem_identity_does_not_leak() -> None:
     """Each problem's attempts look alike and share a label drawn at random: nothing carries over to another problem."""
     generator = torch.Generator().manual_seed(3)
     groups = np.repeat(np.arange(40), 5)
@@ -34,7 +36,7 @@ def test_problem_identity_does_not_leak():
     assert leaky.value > 0.95
 
 
-def test_the_scaler_and_the_probe_see_training_rows_only():
+def test_the_scaler_and_the_probe_see_training_rows_only() -> None:
     """Moving the test rows must move nothing that was learned from the others."""
     generator = torch.Generator().manual_seed(0)
     y, rows = target(np.arange(40) % 2 == 0), np.arange(40)
@@ -48,14 +50,14 @@ def test_the_scaler_and_the_probe_see_training_rows_only():
     assert not np.isclose(after.scores[:, :, 10:], before.scores[:, :, 10:]).any()
 
 
-def test_features_that_say_nothing_give_one_half():
+def test_features_that_say_nothing_give_one_half() -> None:
     """Each fold's probe says its own share of True to all; ranked by that, folds would differ."""
     y, rows = target(np.arange(97) % 5 == 0), np.arange(97)
     (evaluation,) = evaluate(torch.zeros(1, 97, 1), [y], rows, nested_folds(y, rows), LOGISTIC)
     assert main_estimate(evaluation.scores[0], y, rows, bootstrap_weights(rows)).value == 0.5
 
 
-def test_the_best_of_many_noise_layers_is_not_flattered():
+def test_the_best_of_many_noise_layers_is_not_flattered() -> None:
     generator = torch.Generator().manual_seed(1)
     y, groups = target(np.arange(60) % 2 == 0), np.arange(60)
     X = torch.randn(40, 60, 16, generator=generator)
@@ -69,7 +71,7 @@ def test_the_best_of_many_noise_layers_is_not_flattered():
     assert honest.low < 0.5 < honest.high
 
 
-def test_a_planted_direction_is_found_at_its_layer_by_every_kind():
+def test_a_planted_direction_is_found_at_its_layer_by_every_kind() -> None:
     """AUROC of at least 0.99 where it is, and 0.5 within the interval where it is not."""
     generator = torch.Generator().manual_seed(2)
     groups = np.repeat(np.arange(60), 4)
@@ -91,7 +93,7 @@ def test_a_planted_direction_is_found_at_its_layer_by_every_kind():
         assert found[2].low <= 0.5 <= found[2].high, name
 
 
-def test_numbers_and_classes_are_read_where_they_are_planted():
+def test_numbers_and_classes_are_read_where_they_are_planted() -> None:
     generator = torch.Generator().manual_seed(3)
     groups = np.arange(150)
     number = torch.randn(150, generator=generator)
@@ -111,7 +113,7 @@ def test_numbers_and_classes_are_read_where_they_are_planted():
         assert set(nested_best(evaluation, folds)[2]) == {1}
 
 
-def test_intervals_cover_chance_on_shuffled_labels():
+def test_intervals_cover_chance_on_shuffled_labels() -> None:
     """In at least 89 of 100 draws; the plain percentiles would do so in fewer."""
     generator = torch.Generator().manual_seed(4)
     groups = np.arange(80)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -6,11 +8,11 @@ from probes.folds import nested_folds, shuffle_labels
 from probes.labels import Target
 
 
-def target(y) -> Target:
+def target(y: Any) -> Target:
     return Target.of("label", list(y))
 
 
-def test_folds_never_split_a_problem_and_are_stratified():
+def test_folds_never_split_a_problem_and_are_stratified() -> None:
     generator = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 3)
     y = generator.random(120) < 0.3
@@ -25,7 +27,7 @@ def test_folds_never_split_a_problem_and_are_stratified():
             assert not set(groups[fold.train][train]) & set(groups[fold.train][test])
 
 
-def test_numbers_and_classes_are_split_by_problem_too():
+def test_numbers_and_classes_are_split_by_problem_too() -> None:
     generator = np.random.default_rng(1)
     groups = np.repeat(np.arange(30), 2)
     for values in (generator.normal(size=60), [f"c{i}" for i in generator.integers(3, size=60)]):
@@ -34,7 +36,7 @@ def test_numbers_and_classes_are_split_by_problem_too():
         assert all(not set(groups[fold.train]) & set(groups[fold.test]) for fold in folds)
 
 
-def test_fewer_folds_where_the_rarer_class_has_fewer_problems():
+def test_fewer_folds_where_the_rarer_class_has_fewer_problems() -> None:
     y = np.array([True, True, True] + [False] * 20)
     folds = nested_folds(target(y), np.arange(23))
     assert len(folds) == 3
@@ -48,7 +50,7 @@ def test_fewer_folds_where_the_rarer_class_has_fewer_problems():
         nested_folds(target(y), np.arange(23))
 
 
-def test_shuffling_deals_the_labels_of_a_problem_together_and_within_its_fold():
+def test_shuffling_deals_the_labels_of_a_problem_together_and_within_its_fold() -> None:
     groups = np.repeat(np.random.default_rng(0).permutation(30), 2)
     y = np.repeat(np.arange(30) % 3, 2) + np.tile([0, 1], 30) > 1
     folds = nested_folds(target(y), groups)

@@ -1,3 +1,6 @@
+from pathlib import Path
+from typing import Any
+
 import pandas as pd
 import pytest
 
@@ -49,16 +52,16 @@ EXAMPLES = [
         ("side", ["a"] * 3),
     ],
 )
-def test_labels_are_read_from_where_they_are(name, values):
+def test_labels_are_read_from_where_they_are(name: str, values: Any) -> None:
     assert read_label(name, EXAMPLES) == values
 
 
-def test_numbers_are_compressed_with_their_sign():
+def test_numbers_are_compressed_with_their_sign() -> None:
     assert compressed("-1,999.00") == pytest.approx(-3.30103, abs=1e-4)
     assert compressed("none") is None
 
 
-def test_tables_are_joined_on_what_they_have(tmp_path):
+def test_tables_are_joined_on_what_they_have(tmp_path: Path) -> None:
     table = tmp_path / "t.parquet"
 
     pd.DataFrame({"problem_id": ["p", "p"], "epoch": [2, 1], "mood": ["x", "y"]}).to_parquet(table)
@@ -74,7 +77,7 @@ def test_tables_are_joined_on_what_they_have(tmp_path):
         read_label("mood", EXAMPLES, table)
 
 
-def test_values_tell_what_kind_of_target_they_are():
+def test_values_tell_what_kind_of_target_they_are() -> None:
     assert Target.of("a", [True, False]).kind == "binary"
     assert Target.of("a", [1, 0, 1]).values.tolist() == [True, False, True]
     assert Target.of("a", [1, 0.0, True, 1.0]).values.tolist() == [True, False, True, True]

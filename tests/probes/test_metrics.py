@@ -1,5 +1,7 @@
 """Each weighted metric against scikit-learn or scipy on rows that are actually repeated."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -26,12 +28,12 @@ WEIGHTS = GENERATOR.integers(4, size=(30, 40))
         (metrics.spearman, lambda y, s: spearmanr(y, s).statistic, NUMBERS),
     ],
 )
-def test_weights_are_repeated_rows(ours, theirs, y):
+def test_weights_are_repeated_rows(ours: Any, theirs: Any, y: Any) -> None:
     expected = [theirs(np.repeat(y, w), np.repeat(SCORES, w)) for w in WEIGHTS]
     np.testing.assert_allclose(ours(SCORES, y, WEIGHTS), expected, atol=1e-9)
 
 
-def test_calibration_error_by_a_loop_over_bins():
+def test_calibration_error_by_a_loop_over_bins() -> None:
     for weights, found in zip(WEIGHTS, metrics.ece(SCORES, Y, WEIGHTS), strict=True):
         said, true = np.repeat(SCORES, weights), np.repeat(Y, weights)
         expected = 0.0
@@ -42,7 +44,7 @@ def test_calibration_error_by_a_loop_over_bins():
         assert found == pytest.approx(expected, abs=1e-9)
 
 
-def test_within_problems_compares_attempts_of_one_problem_only():
+def test_within_problems_compares_attempts_of_one_problem_only() -> None:
     """Scores that rank problems perfectly and attempts the wrong way round."""
     groups = np.repeat(np.arange(10), 4)
     y = np.tile([True, False, False, True], 10)
@@ -60,7 +62,7 @@ def test_within_problems_compares_attempts_of_one_problem_only():
     np.testing.assert_allclose(metrics.within_auroc(mixed + 0.0 * y, y, weights, groups), expected, atol=1e-12)
 
 
-def test_one_against_the_rest_is_averaged_over_classes():
+def test_one_against_the_rest_is_averaged_over_classes() -> None:
     y = GENERATOR.integers(3, size=40)
     scores = GENERATOR.random((40, 3))
     scores /= scores.sum(1, keepdims=True)
@@ -68,7 +70,7 @@ def test_one_against_the_rest_is_averaged_over_classes():
     assert metrics.macro_auroc(scores, y, np.ones((1, 40), int))[0] == pytest.approx(expected)
 
 
-def test_bootstrap_agrees_with_a_slow_loop():
+def test_bootstrap_agrees_with_a_slow_loop() -> None:
     """The slow way: draw problems one by one, gather their rows, compare every pair of them."""
     generator = np.random.default_rng(5)
     groups = np.repeat(np.arange(25), 3)
@@ -88,7 +90,7 @@ def test_bootstrap_agrees_with_a_slow_loop():
     assert fast.high == pytest.approx(high, abs=0.02)
 
 
-def test_draws_with_one_class_are_skipped():
+def test_draws_with_one_class_are_skipped() -> None:
     y = np.array([True, False])
     weights = np.array([[2, 0], [1, 1], [0, 2]])
     scores = np.array([1.0, 0.0])

@@ -1,6 +1,7 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from probes.terminal_report import render
 from tests.probes.conftest import auroc_of
 
 
-def test_a_line_per_hook_point_with_band_and_baselines(report):
+def test_a_line_per_hook_point_with_band_and_baselines(report: ProbeReport) -> None:
     axes = by_layer(report).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines["resid_post"].get_xdata()) == [0, 2, 4, 6, 8, 10]
@@ -26,18 +27,18 @@ def test_a_line_per_hook_point_with_band_and_baselines(report):
     assert lines["prompt length (0.55)"].get_ydata()[0] == 0.55
 
 
-def test_model_wide_keys_stand_beside_the_layers(report):
+def test_model_wide_keys_stand_beside_the_layers(report: ProbeReport) -> None:
     axes = by_layer(report).axes[0]
     points = {c.get_label(): float(c.lines[0].get_xdata()[0]) for c in axes.containers}
     assert points == {"embed": -1, "final_norm": 11}
 
 
-def test_it_is_written_as_png(report, tmp_path):
+def test_it_is_written_as_png(report: ProbeReport, tmp_path: Path) -> None:
     by_layer(report).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_several_hook_points_and_positions_look_different(report):
+def test_several_hook_points_and_positions_look_different(report: ProbeReport) -> None:
     other = tuple(replace(result, positions="at:0.5") for result in report.results)
     figure = by_layer(replace(report, positions=("last_prompt", "at:0.5"), results=report.results + other))
     lines = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
@@ -46,7 +47,7 @@ def test_several_hook_points_and_positions_look_different(report):
 
 
 @pytest.mark.parametrize("rare", [True, False])
-def test_the_rare_class_is_as_visible_as_the_common_one(rare):
+def test_the_rare_class_is_as_visible_as_the_common_one(rare: int) -> None:
     """Two samples among a thousand, in the midst of the others."""
     scores = np.concatenate([np.linspace(-3, 3, 1000), [-0.5, 0.5]])
     y = np.concatenate([np.full(1000, not rare), np.full(2, rare)])
@@ -66,7 +67,7 @@ def test_the_rare_class_is_as_visible_as_the_common_one(rare):
     assert above.get_sizes()[0] > below.get_sizes()[0]
 
 
-def test_scores_far_from_the_threshold_fill_the_figure():
+def test_scores_far_from_the_threshold_fill_the_figure() -> None:
     scores = np.linspace(-3.5, -3.3, 50)
     detail = CandidateDetail("layers.1.resid_post@last", scores, np.zeros(50), ())
     for draw in (distributions, projection):
@@ -74,7 +75,7 @@ def test_scores_far_from_the_threshold_fill_the_figure():
         assert -4 < low < high < -3
 
 
-def test_every_figure_has_named_axes_with_ticks(report):
+def test_every_figure_has_named_axes_with_ticks(report: ProbeReport) -> None:
     y = np.arange(60) % 3 == 0
     detail = CandidateDetail("layers.1.resid_post@last", np.linspace(-1, 1, 60), np.zeros(60), ())
     for figure in (
@@ -89,7 +90,7 @@ def test_every_figure_has_named_axes_with_ticks(report):
         assert any(axes.get_xlabel() and len(axes.get_xticks()) for axes in figure.axes)
 
 
-def test_a_dark_figure_has_light_ink_and_no_background(report):
+def test_a_dark_figure_has_light_ink_and_no_background(report: ProbeReport) -> None:
     figure, ink = by_layer(report), []
     for _ in range(2):
         figure.savefig(file := io.BytesIO(), format="png")
@@ -105,7 +106,7 @@ def test_a_dark_figure_has_light_ink_and_no_background(report):
 
 
 @pytest.mark.parametrize("background", ["#ffffff", "#1b1f25"])
-def test_lines_and_points_stand_out_against_both_backgrounds(background):
+def test_lines_and_points_stand_out_against_both_backgrounds(background: str) -> None:
     """WCAG 2.2, 1.4.11: parts of graphics have a contrast of at least 3 to 1."""
     assert (
         min(contrast(color, background) for color in (*COLORS, REFERENCE, *(c["color"] for c in CLASSES.values()))) >= 3
@@ -131,13 +132,13 @@ def printed(report: ProbeReport, width: int = 140) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 81, 140])
-def test_a_probes_name_is_whole_at_any_width(report, width):
+def test_a_probes_name_is_whole_at_any_width(report: ProbeReport, width: float) -> None:
     lines = [line.strip() for line in printed(report, width).splitlines()]
     for name in report.best.names:
         assert f"best: {name}" in lines
 
 
-def test_the_table_has_layers_best_and_baselines(report):
+def test_the_table_has_layers_best_and_baselines(report: ProbeReport) -> None:
     text = printed(report)
     assert re.search(r"10 +│ 0.70 \[0.60, 0.80\] │ 0.65 \[0.55, 0.75\]", text)
     assert re.search(r"final_norm +0.70 \[0.60, 0.80\] +model-wide", text)
@@ -147,7 +148,7 @@ def test_the_table_has_layers_best_and_baselines(report):
     assert "! " not in text
 
 
-def test_the_table_names_positions_where_there_are_several(report):
+def test_the_table_names_positions_where_there_are_several(report: ProbeReport) -> None:
     other = tuple(replace(result, positions="mean_generated") for result in report.results)
     text = printed(replace(report, positions=("last_prompt", "mean_generated"), results=report.results + other))
     for place in ("last_prompt", "mean_generated"):
@@ -155,7 +156,7 @@ def test_the_table_names_positions_where_there_are_several(report):
         assert re.search(rf"final_norm@{place} +0.70", text)
 
 
-def test_notes_warn_of_what_makes_a_result_weak(report):
+def test_notes_warn_of_what_makes_a_result_weak(report: ProbeReport) -> None:
     weak = ProbeReport(
         **{
             **vars(report),
@@ -177,7 +178,7 @@ def test_notes_warn_of_what_makes_a_result_weak(report):
     assert ProbeReport(**{**vars(weak), "baselines": unknowing}).notes() == [*notes[:2], notes[-1]]
 
 
-def test_about_as_well_is_a_claim_of_its_own(report):
+def test_about_as_well_is_a_claim_of_its_own(report: ProbeReport) -> None:
     """A difference within the margin is equal; a wide interval around it says nothing, and that is said."""
 
     def note(low: float, high: float) -> list[str]:
@@ -191,7 +192,7 @@ def test_about_as_well_is_a_claim_of_its_own(report):
     assert unclear.startswith("This data does not show whether the probe is better than prompt length (0.55")
 
 
-def test_what_is_no_better_than_no_information_is_said(report):
+def test_what_is_no_better_than_no_information_is_said(report: ProbeReport) -> None:
     """Accuracy 0.89 where always False has 0.91, with a rank order that looks well."""
     metrics = {"accuracy": Estimate("accuracy", 0.89, 0.85, 0.93), "brier": Estimate("brier", 0.07, 0.05, 0.09)}
     forecast = {"accuracy": Estimate("accuracy", 0.91, 0.86, 0.95), "brier": Estimate("brier", 0.08, 0.06, 0.1)}
@@ -208,7 +209,7 @@ def test_what_is_no_better_than_no_information_is_said(report):
     assert "without any input 0.91" in printed(poor)
 
 
-def test_confounders_are_named(report):
+def test_confounders_are_named(report: ProbeReport) -> None:
     without = {"unread": Subset(30, auroc_of(0.5, 0.4, 0.6)), "truncated": Subset(20, None, "True")}
     unread, truncated = ProbeReport(**{**vars(report), "without": without}).notes()
     assert unread.startswith("On samples with an extracted answer it is 0.50")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pandas as pd
 import pytest
 
@@ -26,11 +28,11 @@ def rollout(prompt: str, tokens: list[str]) -> pd.Series:
         (["12", " or", " 7"], 2),
     ],
 )
-def test_the_row_before_the_last_number(tokens, position):
+def test_the_row_before_the_last_number(tokens: Any, position: int) -> None:
     assert before_answer(rollout("what is 99?", tokens)) == position
 
 
 @pytest.mark.parametrize("name", ["at:1.5", "at:", "at:x", "all", "stride:2", ""])
-def test_what_is_no_position_is_refused(name):
+def test_what_is_no_position_is_refused(name: str) -> None:
     with pytest.raises(ProbeDataError, match="allowed are last_prompt"):
         check_positions(name)

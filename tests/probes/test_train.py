@@ -1,5 +1,7 @@
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import roentgen
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from roentgen.linear_probe import SavedProbeError, load_probe, read_cards
-from roentgen.runs import same_question
+from roentgen.runs import Run, same_question
 from tests.eval_jobs.conftest import take
+from tests.probes.conftest import BuildRun, Plant
 from tests.probes.test_plots import printed
 
 KEYS = ("embed", "layers.1.resid_post", "layers.3.resid_post", "layers.1.mlp_out", "layers.3.mlp_out")
@@ -22,11 +25,11 @@ SIGNAL = "layers.3.resid_post"
 
 
 @pytest.fixture
-def run(build_run, planted):
+def run(build_run: BuildRun, planted: Plant) -> Run:
     return build_run(*planted(KEYS, SIGNAL))
 
 
-def test_a_planted_direction_is_found_at_its_layer_and_nowhere_else(run):
+def test_a_planted_direction_is_found_at_its_layer_and_nowhere_else(run: Run) -> None:
     report = probes.train(run.path)
     found = {result.key: result.estimate for result in report.results}
     assert set(found) == set(KEYS)
@@ -41,7 +44,7 @@ def test_a_planted_direction_is_found_at_its_layer_and_nowhere_else(run):
     assert report.notes() == []
 
 
-def test_a_named_session_has_a_folder_of_its_own(run):
+def test_a_named_session_has_a_folder_of_its_own(run: Run) -> None:
     probes.train(run.path)
     report = probes.train(run.path, session=run.path / "activations" / "session")
     assert report.session == "session"
@@ -50,7 +53,7 @@ def test_a_named_session_has_a_folder_of_its_own(run):
     assert {**own, "session": "session"} == named
 
 
-def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
+def test_the_folder_holds_the_report_the_picture_and_the_probes(run: Run) -> None:
     report = probes.train(run.path, seed=3)
     folder = run.path / "probes" / "correct"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -100,7 +103,7 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
     assert results["declared"] is None
 
 
-def test_a_saved_probe_scores_rows_as_documented(run):
+def test_a_saved_probe_scores_rows_as_documented(run: Run) -> None:
     report = probes.train(run.path)
     folder = run.path / "probes/correct"
     saved = load_file(folder / "probes.safetensors")
@@ -123,7 +126,7 @@ def test_a_saved_probe_scores_rows_as_documented(run):
     assert (probe.scores(moved) > probe.scores(x)).all()
 
 
-def test_a_saved_probe_that_cannot_be_used_is_named(run, tmp_path):
+def test_a_saved_probe_that_cannot_be_used_is_named(run: Run, tmp_path: Path) -> None:
     probes.train(run.path)
     folder = run.path / "probes/correct"
     with pytest.raises(SavedProbeError, match=r"no probe 'layers.9.x@last'; it has embed@last_prompt"):
@@ -138,7 +141,7 @@ def test_a_saved_probe_that_cannot_be_used_is_named(run, tmp_path):
         read_cards(folder)
 
 
-def test_positions_are_candidates_and_a_named_one_is_reported_beside_the_best(run):
+def test_positions_are_candidates_and_a_named_one_is_reported_beside_the_best(run: Run) -> None:
     declared = "layers.1.mlp_out@last"
     report = probes.train(run.path, positions=["last_prompt", "last", "at:0.5"], declared=declared)
     assert len(report.results) == 3 * len(KEYS)
@@ -149,7 +152,7 @@ def test_positions_are_candidates_and_a_named_one_is_reported_beside_the_best(ru
         probes.train(run.path, declared="layers.7.x@last")
 
 
-def test_each_kind_reads_its_kind_of_label(run):
+def test_each_kind_reads_its_kind_of_label(run: Run) -> None:
     report = probes.train(run.path, kind="lda")
     assert report.best.estimate.value >= 0.95
     assert [folder.name for folder in run.probe_folders()] == ["correct+lda"]
@@ -161,7 +164,7 @@ def test_each_kind_reads_its_kind_of_label(run):
         probes.train(run.path, kind="attention")
 
 
-def test_labels_of_a_table_and_of_several_sources(run, tmp_path):
+def test_labels_of_a_table_and_of_several_sources(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     rows = [f"problem-{i},{i % 2},{'abc'[i % 3]},{i / 7}" for i in range(80)]
     table.write_text("\n".join(["problem_id,odd,letter,number", *rows]))
@@ -177,7 +180,7 @@ def test_labels_of_a_table_and_of_several_sources(run, tmp_path):
     assert data.origin.tolist() == [0] * 80 + [1] * 80
 
 
-def test_columns_that_cannot_be_probed_are_named(run, tmp_path):
+def test_columns_that_cannot_be_probed_are_named(run: Run, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text(
         "\n".join(["problem_id,same,endless", *(f"problem-{i},k,{'inf' if i == 7 else i}" for i in range(80))])
@@ -188,30 +191,30 @@ def test_columns_that_cannot_be_probed_are_named(run, tmp_path):
         probes.train(run.path, "endless", table=table)
 
 
-def test_a_device_that_is_not_here_is_named(run):
+def test_a_device_that_is_not_here_is_named(run: Run) -> None:
     with pytest.raises(ProbeDataError, match="device: 'tpu' is not available; allowed are cpu"):
         probes.train(run.path, device="tpu")
 
 
-def test_what_is_only_noise_says_so(build_run, planted):
+def test_what_is_only_noise_says_so(build_run: BuildRun, planted: Plant) -> None:
     report = probes.train(build_run(*planted(KEYS, None)).path)
     assert any("reaches 0.5" in note for note in report.notes())
 
 
-def test_the_same_seed_gives_the_same_report(run):
+def test_the_same_seed_gives_the_same_report(run: Run) -> None:
     first = probes.train(run.path, seed=1)
     assert probes.train(run.path, seed=1) == first
     assert probes.train(run.path, seed=2) != first
 
 
-def test_a_length_that_tells_the_label_is_noted(build_run, planted):
+def test_a_length_that_tells_the_label_is_noted(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, None)
     report = probes.train(build_run(features, correct, prompt_tokens=[30 + 5 * c for c in correct]).path)
     assert report.baselines["prompt_length"].value == 1.0
     assert any(note.startswith("Prompt length alone does about as well") for note in report.notes())
 
 
-def test_other_positions_and_labels_have_their_own_results(build_run, planted):
+def test_other_positions_and_labels_have_their_own_results(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS, SIGNAL)
     length = {i: {"finish_reason": "length"} for i in range(80) if correct[i]}
     run = build_run(features, [not c for c in correct], changes=length)
@@ -221,7 +224,7 @@ def test_other_positions_and_labels_have_their_own_results(build_run, planted):
     assert json.loads((run.path / "probes/truncated/results.json").read_text())["positions"] == "mean_generated"
 
 
-def test_one_class_leaves_no_results(build_run, planted):
+def test_one_class_leaves_no_results(build_run: BuildRun, planted: Plant) -> None:
     features, _ = planted(KEYS, None, n=8)
     run = build_run(features, [False] * 8)
     with pytest.raises(OneClassError, match="all 8 samples have correct = False"):
@@ -230,7 +233,7 @@ def test_one_class_leaves_no_results(build_run, planted):
 
 
 @pytest.fixture
-def fingerprints():
+def fingerprints() -> Any:
     """Return a function that makes rows which show only which of some groups a sample is of, and labels drawn per group."""
 
     def make(groups: list[int]) -> tuple[dict[str, torch.Tensor], list[bool]]:
@@ -244,7 +247,7 @@ def fingerprints():
     return make
 
 
-def test_a_fingerprint_of_the_question_is_at_chance(build_run, fingerprints):
+def test_a_fingerprint_of_the_question_is_at_chance(build_run: BuildRun, fingerprints: Any) -> None:
     """30 questions under three ids each: a probe that knows the question by heart learns nothing of others."""
     asked = [i % 30 for i in range(90)]
     posed = {i: {"question": f"Tom has {q} apples and {q * q} pears."} for i, q in enumerate(asked)}
@@ -256,11 +259,11 @@ def test_a_fingerprint_of_the_question_is_at_chance(build_run, fingerprints):
     assert all(len(set(data.groups[[i, i + 30, i + 60]])) == 1 for i in range(30))
 
 
-def test_a_fingerprint_of_the_template_is_at_chance(build_run, fingerprints):
+def test_a_fingerprint_of_the_template_is_at_chance(build_run: BuildRun, fingerprints: Any) -> None:
     """GSM-Symbolic's templates, as an old record has them: no template is named, only the questions are there."""
     problems = take("gsm-symbolic", 120)
-    names = sorted({problem.template for problem in problems})
-    templates = [names.index(problem.template) for problem in problems]
+    names = sorted({str(problem.template) for problem in problems})
+    templates = [names.index(str(problem.template)) for problem in problems]
     posed = {i: {"question": problem.question} for i, problem in enumerate(problems)}
     features, correct = fingerprints(templates)
     run = build_run(features, correct, problems=[p.problem_id for p in problems], changes=posed)
@@ -270,7 +273,7 @@ def test_a_fingerprint_of_the_template_is_at_chance(build_run, fingerprints):
     assert f"120 problems ({len(names)} groups" in printed(report)
 
 
-def test_the_same_prompt_in_a_session_is_one_question(build_run, fingerprints):
+def test_the_same_prompt_in_a_session_is_one_question(build_run: BuildRun, fingerprints: Any) -> None:
     """Without ids that say so; the texts of this session are all alike, so that nothing is linked until one is not."""
     run = build_run(*fingerprints([i % 20 for i in range(40)]))
     data = ProbeDataset.open(run.path / "activations" / "session", "side", table=_sides(run.path))
@@ -279,7 +282,7 @@ def test_the_same_prompt_in_a_session_is_one_question(build_run, fingerprints):
     assert len(set(same_question([example.posed for example in examples]))) == 20
 
 
-def test_the_first_layer_is_the_first_that_is_computed(build_run, planted):
+def test_the_first_layer_is_the_first_that_is_computed(build_run: BuildRun, planted: Plant) -> None:
     keys = ("final_norm", "layers.3.resid_post", "layers.0.resid_post", "layers.0.resid_pre")
     run = build_run(*planted(keys, "final_norm"))
     report = probes.train(run.path)
@@ -291,13 +294,13 @@ def test_the_first_layer_is_the_first_that_is_computed(build_run, planted):
     ]  # fmt: skip
 
 
-def test_a_probe_is_not_compared_with_itself(build_run, planted):
+def test_a_probe_is_not_compared_with_itself(build_run: BuildRun, planted: Plant) -> None:
     report = probes.train(build_run(*planted(("embed",), "embed")).path)
     assert "first_layer" not in report.against
     assert report.notes() == []
 
 
-def test_answers_that_were_not_read_are_controlled_for(build_run, planted):
+def test_answers_that_were_not_read_are_controlled_for(build_run: BuildRun, planted: Plant) -> None:
     """The probe reads whether an answer was found: among those where one was, nothing is left."""
     features, unread = planted(KEYS, SIGNAL, n=120)
     correct = [not u and i % 4 != 1 for i, u in enumerate(unread)]
@@ -312,7 +315,7 @@ def test_answers_that_were_not_read_are_controlled_for(build_run, planted):
     assert any(note.startswith("On samples with an extracted answer") for note in report.notes())
 
 
-def test_a_contrast_without_contrasts_says_what_it_needs(build_run, planted):
+def test_a_contrast_without_contrasts_says_what_it_needs(build_run: BuildRun, planted: Plant) -> None:
     run = build_run(*planted(KEYS, SIGNAL, n=24))
     for attempt in (
         lambda: probes.train(run.path, kind="contrast"),
@@ -324,7 +327,7 @@ def test_a_contrast_without_contrasts_says_what_it_needs(build_run, planted):
             attempt()
 
 
-def test_few_contrasts_are_dealt_to_every_fold(build_run, planted):
+def test_few_contrasts_are_dealt_to_every_fold(build_run: BuildRun, planted: Plant) -> None:
     """Three problems of twelve have attempts of both classes: each fold trains on one at least."""
     features, _ = planted(KEYS, None, n=48)
     correct = [i % 2 == 0 if i < 12 else i // 4 % 2 == 0 for i in range(48)]
@@ -334,7 +337,7 @@ def test_few_contrasts_are_dealt_to_every_fold(build_run, planted):
     assert load_probe(run.path / "probes/correct+contrast", "embed@last_prompt").card.unit == "score"
 
 
-def test_what_cannot_be_is_said_before_anything_is_fitted(run, tmp_path):
+def test_what_cannot_be_is_said_before_anything_is_fitted(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ProbeDataError, match=r"seed: -1 is out of range; allowed are 0 to"):
         probes.train(run.path, seed=-1)
     with pytest.raises(ProbeDataError, match=r"output: .* cannot be written: .*config.json is not a folder"):
@@ -345,7 +348,7 @@ def test_what_cannot_be_is_said_before_anything_is_fitted(run, tmp_path):
         probes.compare(run.path, run.path, kind="attention")
 
 
-def test_rows_that_are_not_finite_are_no_padding(build_run, planted):
+def test_rows_that_are_not_finite_are_no_padding(build_run: BuildRun, planted: Plant) -> None:
     features, correct = planted(KEYS[1:2], None, n=8)
     features[KEYS[1]][3] = torch.nan
     run = build_run(features, correct)
@@ -353,7 +356,7 @@ def test_rows_that_are_not_finite_are_no_padding(build_run, planted):
         probes.train(run.path, kind="attention", positions="tokens")
 
 
-def test_probes_saved_before_there_was_a_unit_have_mere_scores(run):
+def test_probes_saved_before_there_was_a_unit_have_mere_scores(run: Run) -> None:
     probes.train(run.path)
     cards = run.path / "probes/correct/probes.json"
     old = {name: {k: v for k, v in card.items() if k != "unit"} for name, card in json.loads(cards.read_text()).items()}
@@ -361,7 +364,7 @@ def test_probes_saved_before_there_was_a_unit_have_mere_scores(run):
     assert {card.unit for card in read_cards(cards.parent).values()} == {"score"}
 
 
-def _sides(folder):
+def _sides(folder: Path) -> Any:
     table = folder / "sides.csv"
     table.write_text("\n".join(["problem_id,side", *(f"problem-{i},{i % 2}" for i in range(40))]))
     return table

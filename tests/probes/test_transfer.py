@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -5,12 +7,13 @@ import probes
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
 from probes.transfer import _split_shared_problems, transfer
+from tests.probes.conftest import BuildRun
 
 KEYS = ("layers.1.resid_post", "layers.2.resid_post")
 
 
 @pytest.fixture
-def sessions(build_run):
+def sessions(build_run: BuildRun) -> Any:
     """Two halves of one run, in sessions of their own: the same direction at layer 1, the opposite one at layer 2."""
     generator = torch.Generator().manual_seed(0)
     n, d = 160, 16
@@ -27,7 +30,7 @@ def sessions(build_run):
     return [run.path / "activations" / name for name in ("one", "two")], table
 
 
-def test_a_shared_direction_carries_over_and_an_opposite_one_misleads(sessions):
+def test_a_shared_direction_carries_over_and_an_opposite_one_misleads(sessions: Any) -> None:
     paths, table = sessions
     one, two = (ProbeDataset.open(path, "right", table=table) for path in paths)
     same, other = transfer(one, two, list(KEYS))
@@ -35,7 +38,7 @@ def test_a_shared_direction_carries_over_and_an_opposite_one_misleads(sessions):
     assert other.high < 0.1
 
 
-def test_no_problem_is_on_both_sides(sessions):
+def test_no_problem_is_on_both_sides(sessions: Any) -> None:
     paths, table = sessions
     one, two = (ProbeDataset.open(path, "right", table=table) for path in paths)
     learn, judge = _split_shared_problems(one, two, 0)
@@ -45,14 +48,14 @@ def test_no_problem_is_on_both_sides(sessions):
     assert len(taught) == len(tested) == 40
 
 
-def test_comparison_gives_cosines_and_both_ways(sessions):
-    paths, table = sessions
-    found = probes.compare(*paths, label="right", table=table, kind="mean_difference")
+def test_comparison_gives_cosines_and_both_ways(sessions: Any) -> None:
+    (one, two), table = sessions
+    found = probes.compare(one, two, label="right", table=table, kind="mean_difference")
     assert found.names == ("one", "two")
     shared, apart = found.keys
     for compared in found.keys:  # against the means themselves
         apart_by = []
-        for path in paths:
+        for path in (one, two):
             data = ProbeDataset.open(path, "right", table=table)
             X, y = data.features(compared.key).double(), torch.from_numpy(data.target.values)
             apart_by.append(X[y].mean(0) - X[~y].mean(0))
@@ -61,4 +64,4 @@ def test_comparison_gives_cosines_and_both_ways(sessions):
     assert min(shared.there.value, shared.back.value) > 0.95
     assert max(apart.there.value, apart.back.value) < 0.05
     with pytest.raises(ProbeDataError, match="label: 'happy'"):
-        probes.compare(*paths, label="happy")
+        probes.compare(one, two, label="happy")

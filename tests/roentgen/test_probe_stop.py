@@ -183,13 +183,13 @@ def test_a_server_stops_where_the_stored_rows_say(server: Server, tmp_path: Path
     rows = run.activations("layers.15.resid_post", "generated")
     every = torch.cat([item.values.float() for item in rows])
     weight = torch.randn(1, 576, generator=torch.Generator().manual_seed(1))
-    known = card("layers.15.resid_post").model_copy(update={"model": models.id, "revision": models.revision})  # type: ignore[attr-defined]
+    known = card("layers.15.resid_post").model_copy(update={"model": models.id, "revision": models.revision})
     read = SavedProbe(weight, torch.zeros(1), every.mean(0), every.std(0) + 0.1, known)
     report = roentgen.probes.stop(run, read, max_loss=1.0, controls=0, confirm=True, base_url=server.base_url)
     assert report.live is not None
     assert report.live.same_length == 1
-    assert report.live.stopped == report.probes_own.stopped > 0  # type: ignore[union-attr]
-    assert report.live.accuracy.value == report.probes_own.accuracy.value  # type: ignore[union-attr]
+    assert report.live.stopped == report.probes_own.stopped > 0
+    assert report.live.accuracy.value == report.probes_own.accuracy.value
     lines = (run.path / "stopping" / "" / f"{read.card.name}" / "live.jsonl").read_text().splitlines()
     assert len(lines) == report.samples[1]
     assert "the probe, live" in (Path(report.folder) / "stopping.html").read_text()

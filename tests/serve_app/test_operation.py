@@ -160,7 +160,7 @@ def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple
         headers={"X-Request-Id": "of-this-test", "Origin": "https://x.y"},
     )
     assert reply.headers["x-request-id"] == "of-this-test"
-    odd = httpx2.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})  # type: ignore[dict-item]
+    odd = httpx2.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})
     assert (odd.status_code, odd.headers["x-request-id"]) == (200, "éÿ")
     assert not [name for name in reply.headers if name.startswith("access-control")]
     pieces = (b" " * 1_000_000 for _ in range(33))

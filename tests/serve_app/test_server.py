@@ -105,7 +105,7 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
                     for i, text in enumerate(prompts)
                 )
             )  # fmt: skip
-        return [reply.model_extra["activations"] for reply in replies]  # type: ignore[index]
+        return [reply.model_extra["activations"] for reply in replies]
 
     replies = asyncio.run(ask_all())
     session = Session.open(str(replies[0]["uri"]))
@@ -120,7 +120,7 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
         for layer in layers:
             for hook_point in ("ln_attn", "ln_mlp"):
                 key = f"layers.{layer}.{hook_point}"
-                assert reply["tensors"][key]["shape"] == [n_rows, 576]  # type: ignore[index]
+                assert reply["tensors"][key]["shape"] == [n_rows, 576]
                 assert worst_error(session.activations(key, where=where)[0].values, expected[key]) <= 1e-4
         assert [row["text"][s["start"] : s["stop"]] for s in row["segments"]][-1].startswith("<") is False
     assert verify(session).ok
@@ -139,7 +139,7 @@ def test_a_prefix_that_was_found_has_every_row(server: Server, client: OpenAI) -
         found.append(reply.usage.prompt_tokens_details.cached_tokens)
     assert found[0] == 0
     assert found[1] >= 64
-    session = Session.open(str(reply.model_extra["activations"]["uri"]))  # type: ignore[index]
+    session = Session.open(str(reply.model_extra["activations"]["uri"]))
     for key in ("layers.8.resid_post", "layers.16.resid_post"):
         rows = session.activations(key)
         for number, row in session.rollouts().iterrows():
@@ -233,7 +233,7 @@ def test_errors_are_openais(
 ) -> None:
     with pytest.raises(kind, match=words) as caught:
         ask(client, stream=stream, **extra)
-    assert caught.value.param == param  # type: ignore[attr-defined]
+    assert caught.value.param == param
 
 
 def test_what_is_not_json_and_what_is_not_there(server: Server) -> None:

@@ -62,7 +62,8 @@ class Int8Linear(nn.Linear):
             output = self._in_pieces(rows).mul_(self.scales)
         if self.bias is not None:
             output += self.bias
-        return output.view(*input.shape[:-1], self.out_features)
+        shaped: Tensor = output.view(*input.shape[:-1], self.out_features)
+        return shaped
 
     def _in_pieces(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows outputs"]:
         """Multiply by `quantized`, one piece of its outputs at a time."""

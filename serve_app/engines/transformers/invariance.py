@@ -103,11 +103,13 @@ class FixedShapes(TorchFunctionMode):
         place = 1 if func is torch.addmm else 0
         rows, weight = args[place], args[place + 1]
         if rows.ndim < 2:
-            return func(*args, **options)
+            whole: Tensor = func(*args, **options)
+            return whole
         flat = rows.reshape(-1, rows.shape[-1])
 
         def product(tile: Tensor, weight: Tensor) -> Tensor:
-            return func(*args[:place], tile, weight, *args[place + 2 :], **options)
+            made: Tensor = func(*args[:place], tile, weight, *args[place + 2 :], **options)
+            return made
 
         key = (func, weight.shape, weight.stride(), flat.dtype, flat.device, len(args), *options)
         if key not in self._heights:

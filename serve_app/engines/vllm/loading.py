@@ -282,7 +282,8 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
 
             _WORKER_CLS = worker
 
-        return Observed(path, mode="async", dispatch=True, **arguments).vllm_entrypoint
+        observed: Client = Observed(path, mode="async", dispatch=True, **arguments).vllm_entrypoint
+        return observed
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM

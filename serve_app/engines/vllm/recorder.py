@@ -42,4 +42,5 @@ class NormRecorder(RowRecorder):
     """Records the rows' norms only: enough to find out whether ranks have the same rows or shards of them."""
 
     def _kept(self, flat: Tensor) -> Tensor | None:
-        return flat.reshape(len(flat), -1).double().norm(dim=1).cpu()
+        norms: Tensor = flat.reshape(len(flat), -1).double().norm(dim=1).cpu()
+        return norms

@@ -11,7 +11,7 @@ from tests.probes.kinds.features import correlated
 
 
 @pytest.mark.parametrize("d", [1, 60])
-def test_several_labellings_of_parts_of_the_rows(d):
+def test_several_labellings_of_parts_of_the_rows(d: int) -> None:
     """Each is what scikit-learn finds on its own rows, standardized by all; one has next to nothing to learn."""
     X, number = correlated(20, 120, max(d, 2))
     X = X[..., :d]
@@ -30,7 +30,7 @@ def test_several_labellings_of_parts_of_the_rows(d):
 
 
 @pytest.mark.parametrize("feature", ["constant", "shared by a class", "large"])
-def test_three_classes_where_there_is_little_or_nothing_to_read(feature):
+def test_three_classes_where_there_is_little_or_nothing_to_read(feature: str) -> None:
     """A shift of all classes' intercepts changes nothing: rounding is no reason to go there. In this order it was one."""
     y = torch.tensor([1, 0, 2, 0, 2, 1])
     X = torch.full((1, 6, 1), 2.0)
@@ -46,7 +46,7 @@ def test_three_classes_where_there_is_little_or_nothing_to_read(feature):
         np.testing.assert_allclose(probes.scores(X)[0, place].T, reference.decision_function(Z), atol=1e-3)
 
 
-def test_a_feature_that_is_constant_but_for_rounding_scores_as_scikit_learn_does():
+def test_a_feature_that_is_constant_but_for_rounding_scores_as_scikit_learn_does() -> None:
     """The mean of several 0.1 is not quite 0.1: their deviation is no scale for a row that was not among them."""
     X = torch.cat([torch.full((7, 1), 0.1, dtype=torch.float64), torch.arange(7.0)[:, None].double()], 1)
     y = torch.arange(7) % 2 == 0

@@ -1,5 +1,7 @@
 """Each kind against scikit-learn, or against an independent computation if scikit-learn has no such kind."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ SHAPES = pytest.mark.parametrize(("rows", "d"), [(40, 150), (150, 40)])
 
 
 @SHAPES
-def test_ridge_agrees_with_scikit_learn(rows, d):
+def test_ridge_agrees_with_scikit_learn(rows: int, d: int) -> None:
     X, y = correlated(2, rows + 20, d)
     strengths = torch.tensor([1e4, 1e2, 1.0])
     scores = ridge.fit(X[:, :rows], y[:rows], None, strengths).scores(X)
@@ -29,7 +31,7 @@ def test_ridge_agrees_with_scikit_learn(rows, d):
 
 
 @SHAPES
-def test_lda_agrees_with_scikit_learn(rows, d):
+def test_lda_agrees_with_scikit_learn(rows: int, d: int) -> None:
     X, number = correlated(2, rows + 20, d)
     y = number > number.quantile(0.7)
     strengths = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
@@ -45,7 +47,7 @@ def test_lda_agrees_with_scikit_learn(rows, d):
 
 
 @SHAPES
-def test_multinomial_agrees_with_scikit_learn(rows, d):
+def test_multinomial_agrees_with_scikit_learn(rows: int, d: int) -> None:
     X, number = correlated(2, rows + 20, d)
     y = torch.bucketize(number, number.quantile(torch.tensor([0.3, 0.6, 0.8])))
     strengths = torch.tensor([1e-3, 1e-1, 1.0])
@@ -61,12 +63,12 @@ def test_multinomial_agrees_with_scikit_learn(rows, d):
             np.testing.assert_allclose(scores[model, place].T, expected, atol=1e-3)
 
 
-def test_multinomial_refuses_a_class_without_rows():
+def test_multinomial_refuses_a_class_without_rows() -> None:
     with pytest.raises(ValueError, match=r"rows per class: \[2, 0, 1\]"):
         multinomial.fit(torch.randn(1, 3, 2), torch.tensor([0, 2, 0]), None, torch.tensor([1.0]))
 
 
-def test_mean_difference_is_the_difference_of_means_and_scores_are_log_odds():
+def test_mean_difference_is_the_difference_of_means_and_scores_are_log_odds() -> None:
     X, number = correlated(2, 200, 30)
     y = number > number.median()
     probes = mean_difference.fit(X, y, None, torch.ones(1))
@@ -81,7 +83,7 @@ def test_mean_difference_is_the_difference_of_means_and_scores_are_log_odds():
         np.testing.assert_allclose(probes.scores(X)[model, 0, 0], expected, atol=1e-3)
 
 
-def test_contrast_agrees_with_scikit_learn_on_rows_centred_by_hand():
+def test_contrast_agrees_with_scikit_learn_on_rows_centred_by_hand() -> None:
     X, number = correlated(2, 90, 20)
     groups = torch.arange(90) // 3
     y = number > number.median()
@@ -100,7 +102,7 @@ def test_contrast_agrees_with_scikit_learn_on_rows_centred_by_hand():
             np.testing.assert_allclose(scores[model, place, 0], expected, atol=1e-3)
 
 
-def test_contrast_sees_past_what_a_problem_shares():
+def test_contrast_sees_past_what_a_problem_shares() -> None:
     """Problems differ greatly along one direction that also tells the label between problems; attempts differ elsewhere."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(240) // 4
@@ -114,7 +116,7 @@ def test_contrast_sees_past_what_a_problem_shares():
         contrast.fit(X, groups % 2 == 0, groups, torch.tensor([0.1]))
 
 
-def marked(n, most, d, *, first, mark, size):
+def marked(n: int, most: int, d: int, *, first: int, mark: float, size: float) -> Any:
     """Samples of unlike lengths; one token of each, marked by feature 0, shows the label in feature 1."""
     generator = torch.Generator().manual_seed(1)
     y = torch.arange(n) % 2 == 0
@@ -127,7 +129,7 @@ def marked(n, most, d, *, first, mark, size):
     return X, y, lengths
 
 
-def test_attention_over_one_token_is_logistic_regression():
+def test_attention_over_one_token_is_logistic_regression() -> None:
     X, number = correlated(2, 120, 6)
     y = number > number.median()
     strengths = torch.tensor([0.1, 1.0])
@@ -141,7 +143,7 @@ def test_attention_over_one_token_is_logistic_regression():
             np.testing.assert_allclose(scores[model, place, 0], expected, atol=2e-3)
 
 
-def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
+def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds() -> None:
     """The objective of the module's description, written again in numpy for samples of unlike lengths."""
     d = 3
     X, y, lengths = marked(80, 5, d, first=2, mark=3, size=1)
@@ -150,7 +152,7 @@ def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
     samples = [(sample - tokens.mean(0)) / tokens.std(0) for sample in samples]
     signs = np.where(y, 1, -1)
 
-    def scores(parameters):
+    def scores(parameters: Any) -> Any:
         query, value, bias = parameters[:d], parameters[d : 2 * d], parameters[-1]
         weights = [np.exp(sample @ query) for sample in samples]
         return np.array([w @ (z @ value) / w.sum() + bias for w, z in zip(weights, samples, strict=True)])
@@ -159,14 +161,14 @@ def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
     found = attention.fit(X, y, None, strengths).scores(X)
     for place, C in enumerate(strengths.tolist()):
 
-        def objective(parameters, C=C):
+        def objective(parameters: Any, C: float = C) -> Any:
             return (parameters[:-1] ** 2).sum() / 2 + C * np.log1p(np.exp(-signs * scores(parameters))).sum()
 
         reference = minimize(objective, np.zeros(2 * d + 1), options={"gtol": 1e-7})
         np.testing.assert_allclose(found[0, place, 0], scores(reference.x), atol=5e-3)
 
 
-def test_attention_probes_do_not_depend_on_those_fitted_with_them():
+def test_attention_probes_do_not_depend_on_those_fitted_with_them() -> None:
     X, y, _ = marked(60, 5, 4, first=2, mark=3, size=1)
     X = torch.cat([X, 3 * X.flip(-1)])
     strengths = torch.tensor([0.01, 0.1, 1.0])
@@ -177,7 +179,7 @@ def test_attention_probes_do_not_depend_on_those_fitted_with_them():
             torch.testing.assert_close(together[model, place], alone[0, 0])
 
 
-def test_attention_finds_the_token_that_shows_the_label():
+def test_attention_finds_the_token_that_shows_the_label() -> None:
     """The signal is in one token of many, at a place that varies, marked by another feature: a mean over tokens dilutes it."""
     n, most, d = 240, 12, 16
     X, y, lengths = marked(n, most, d, first=4, mark=6, size=2)

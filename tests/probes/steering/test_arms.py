@@ -24,8 +24,8 @@ def test_every_direction_has_length_one_and_controls_know_nothing_of_the_probe()
 def test_a_seed_gives_the_same_controls_and_another_gives_others() -> None:
     first, again, other = (make_arms(torch.ones(8), [1], 1, seed) for seed in (1, 1, 2))
     for place in (2, 3):
-        assert torch.equal(first[place].direction, again[place].direction)  # type: ignore[arg-type]
-        assert not torch.allclose(first[place].direction, other[place].direction)  # type: ignore[arg-type]
+        assert torch.equal(first[place].direction, again[place].direction)
+        assert not torch.allclose(first[place].direction, other[place].direction)
 
 
 def test_without_controls_there_is_the_probe_alone() -> None:

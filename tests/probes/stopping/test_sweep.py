@@ -40,7 +40,7 @@ async def judge(text: str, sample: Sample) -> Reading:
 def outcomes(
     traces: list[StopTrace], settings: list[Setting], scores: object = (), then: str = "stop"
 ) -> list[list[Stop]]:
-    return asyncio.run(sweep(traces, scores, settings, then, judge))  # type: ignore[arg-type]
+    return asyncio.run(sweep(traces, scores, settings, then, judge))
 
 
 def test_each_kind_of_setting_stops_where_it_should() -> None:

@@ -30,7 +30,7 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: P
     with pytest.raises(EvalError, match=r"^max_token: unknown option; did you mean max_tokens\?$"):
         roentgen.evaluate("arithmetic", max_token=9)
     with pytest.raises(EvalError, match=r"model: .*Serving.* is not a model; allowed are a name, .* a running Server"):
-        roentgen.evaluate("arithmetic", model=roentgen.serve("smollm2-135m"))  # type: ignore[arg-type]
+        roentgen.evaluate("arithmetic", model=roentgen.serve("smollm2-135m"))
 
 
 def test_a_server_s_options_are_checked_before_it_starts() -> None:

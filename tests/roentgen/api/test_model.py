@@ -290,7 +290,7 @@ def test_what_is_not_there_cannot_be_loaded() -> None:
     with pytest.raises(
         roentgen.RequestError, match="dtype: Input should be 'auto', 'float32', 'float16' or 'bfloat16'"
     ):
-        roentgen.load("smollm2-135m", dtype="fp8")  # type: ignore[arg-type]
+        roentgen.load("smollm2-135m", dtype="fp8")
     with pytest.raises(roentgen.RequestError, match="taps: unknown option; allowed are batch_invariant, max_batch"):
         roentgen.load("smollm2-135m", taps=())
     with pytest.raises(roentgen.RequestError, match="/nowhere"):

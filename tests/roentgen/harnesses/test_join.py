@@ -178,7 +178,7 @@ def test_a_server_s_session_is_labeled_through_the_server(
     monkeypatch.delenv("ROENTGEN_API_KEY", raising=False)
     monkeypatch.setattr(joining, "_AT_ONCE", 2)
     config = ServerConfig(model="m", store=str(tmp_path / "store"))
-    ingress = Ingress(NoReplica(), config, lambda choice: None)  # type: ignore[arg-type]
+    ingress = Ingress(NoReplica(), config, lambda choice: None)
     address = "http://testserver/v1/activations/session/s"
     with TestClient(ingress.__serve_build_asgi_app__(), client=("127.0.0.1", 1)) as client:
 

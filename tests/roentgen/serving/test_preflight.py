@@ -64,7 +64,7 @@ def test_what_is_right_passes(folder: Path) -> None:
         (lambda f: edit_config(f, is_encoder_decoder=True), r"encoder-decoder model"),
         (lambda f: (f / "model.safetensors").write_bytes(b"12"), r"not a complete safetensors file"),
         (
-            lambda f: (remove(f, "*.safetensors"), (f / "model.safetensors.index.json").write_text(
+            lambda f: (remove(f, "*.safetensors"), (f / "model.safetensors.index.json").write_text(  # type: ignore[func-returns-value]
                 '{"weight_map": {"a": "model-1.safetensors"}}')),
             r"names 1 missing files: model-1\.safetensors",
         ),

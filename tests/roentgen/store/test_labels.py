@@ -87,7 +87,7 @@ def test_what_is_no_label_is_refused(tmp_path: Path, ids: list[str]) -> None:
     session = Session.open(tmp_path / "s")
     for value in ([1], float("nan"), "\ud83d"):
         with pytest.raises(StoreError, match=f"labels of rollout {ids[0]}: 'x': "):
-            session.add_labels({ids[0]: {"x": value}})  # type: ignore[dict-item]
+            session.add_labels({ids[0]: {"x": value}})
     assert not (tmp_path / "s/labels").exists()
 
 

@@ -219,7 +219,12 @@ def test_neighbours_are_asked_of_a_bucket_together(
 
     reads: list[int] = []
     read = _RangedFile.read
-    monkeypatch.setattr(_RangedFile, "read", lambda file, at, size: reads.append(size) or read(file, at, size))
+
+    def counted(file: _RangedFile, at: int, size: int) -> Any:
+        reads.append(size)
+        return read(file, at, size)
+
+    monkeypatch.setattr(_RangedFile, "read", counted)
     for chosen in (list(range(20)), [*range(12), *range(15, 20)], [3, 2, 1, 7, 8, 9]):
         reads.clear()
         found = list(session.activations(KEYS[0], where=everything.iloc[chosen], positions=policy))

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def said(transcript: Transcript) -> dict[str, object]:
 
 
 @given(lines=st.lists(st.tuples(SHAPES, LABELS), min_size=1, max_size=5), name=st.text(min_size=1, max_size=200))
-def test_nothing_of_a_line_is_lost(tmp_path_factory, lines, name):
+def test_nothing_of_a_line_is_lost(tmp_path_factory: pytest.TempPathFactory, lines: Any, name: str) -> None:
     bodies = [shape | {"labels": labels} for shape, labels in lines]
     bodies[0]["id"] = f"#{name}"[:200]
     file = write(tmp_path_factory.mktemp("texts"), *bodies)
@@ -51,7 +52,7 @@ def test_nothing_of_a_line_is_lost(tmp_path_factory, lines, name):
     assert len({t.key.config_hash for t in transcripts}) == 1
 
 
-def test_how_a_completion_ended(tmp_path):
+def test_how_a_completion_ended(tmp_path: Path) -> None:
     ask, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
     file = write(
         tmp_path,
@@ -66,7 +67,7 @@ def test_how_a_completion_ended(tmp_path):
     assert [t.completion for t in transcripts] == ["!", "!", "!", "!", None]
 
 
-def test_blank_lines_are_no_lines_but_count(tmp_path):
+def test_blank_lines_are_no_lines_but_count(tmp_path: Path) -> None:
     assert [t.name for t in read_file(write(tmp_path, "", {"text": "a"}, "  ", {"text": "b", "id": 7}))] == ["2", "7"]
 
 
@@ -101,7 +102,7 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
         ({"text": "b", "id": "x" * 201}, "id: String should have at most 200 characters"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_place(tmp_path, line, words):
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, line: str, words: str) -> None:
     file = write(tmp_path, {"text": "a", "id": "first"}, line)
     with pytest.raises(TranscriptError) as raised:
         read_file(file)
@@ -109,14 +110,14 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path, line, words):
     assert words in str(raised.value)
 
 
-def test_bytes_that_are_not_text_are_named(tmp_path):
+def test_bytes_that_are_not_text_are_named(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(TranscriptError, match="line 1"):
         read_file(file)
 
 
-def test_no_file_and_no_lines(tmp_path):
+def test_no_file_and_no_lines(tmp_path: Path) -> None:
     with pytest.raises(TranscriptError, match=r"texts\.jsonl cannot be read: No such file"):
         read_file(tmp_path / "texts.jsonl")
     with pytest.raises(TranscriptError, match="has no lines"):

@@ -35,7 +35,7 @@ def make_run(folder: Path, revision: str = "r", mode: str = "no-tools") -> Path:
                 config_hash="c0ffee", question="?", solution="!", gold=str(number + 3),
                 messages=[asked, {"role": "assistant", "content": "…"}],
             ))  # fmt: skip
-    probes = []
+    probes: list[Any] = []
     for name in NAMES:
         key, _, positions = name.partition("@")
         card = ProbeCard(
@@ -69,7 +69,7 @@ def command(run: Path, server: Server, *options: str) -> "subprocess.CompletedPr
 @pytest.mark.integration
 def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
     client = OpenAI(base_url=server.base_url, api_key="none")
-    revision = client.models.list().data[0].revision  # type: ignore[attr-defined]
+    revision = client.models.list().data[0].revision
     run = make_run(tmp_path / "run", revision)
     done = command(run, server, "--scales=-4,4", "--controls", "1", "--samples", "2", "--positions", "all")
     assert done.returncode == 0, done.stderr
@@ -112,7 +112,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_in_a_line(
     server: Server, tmp_path: Path, made: dict[str, str], options: tuple[str, ...], said: str
 ) -> None:
-    revision = OpenAI(base_url=server.base_url, api_key="none").models.list().data[0].revision  # type: ignore[attr-defined]
+    revision = OpenAI(base_url=server.base_url, api_key="none").models.list().data[0].revision
     if made["revision"] == "served":
         made = {**made, "revision": revision}
     done = command(make_run(tmp_path / "run", **made), server, *options)

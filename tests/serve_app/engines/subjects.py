@@ -139,4 +139,4 @@ def vllm_settings(store: Path, **changed: object) -> vllm.VllmSettings:
         "taps": EVERY_TAP,
         "store": str(store),
     }
-    return vllm.VllmSettings(**{**usual, **changed})  # type: ignore[arg-type]
+    return vllm.VllmSettings(**{**usual, **changed})

@@ -104,7 +104,7 @@ def test_a_stream_goes_on_where_it_was_when_its_tokens_are_read_again(longrope: 
     with serving(longrope) as engine:
         result = tiny.run(engine, [call])[0]
     deltas = call.events[:-1]
-    assert [token for delta in deltas for token in delta.token_ids] == result.token_ids  # type: ignore[union-attr]
+    assert [token for delta in deltas for token in delta.token_ids] == result.token_ids
 
 
 def test_requests_that_must_run_alone_do() -> None:

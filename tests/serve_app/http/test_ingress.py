@@ -69,7 +69,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(store: Path) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ROENTGEN_API_KEY", raising=False)
-        ingress = Ingress(NoReplica(), ServerConfig(model="m", store=str(store)), lambda choice: None)  # type: ignore[arg-type]
+        ingress = Ingress(NoReplica(), ServerConfig(model="m", store=str(store)), lambda choice: None)
         with TestClient(
             ingress.__serve_build_asgi_app__(), client=("127.0.0.1", 1), raise_server_exceptions=False
         ) as client:

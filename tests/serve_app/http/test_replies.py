@@ -107,7 +107,7 @@ def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("ROENTGEN_API_KEY", raising=False)
-        ingress = Ingress(Handle(replica), config, redeploy)  # type: ignore[arg-type]
+        ingress = Ingress(Handle(replica), config, redeploy)
         with TestClient(
             ingress.__serve_build_asgi_app__(), client=("127.0.0.1", 1), raise_server_exceptions=False
         ) as client:

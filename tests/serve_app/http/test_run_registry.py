@@ -50,7 +50,7 @@ def replica(config: ServerConfig) -> Iterator[ModelReplica]:
 
 def opened(replica: ModelReplica, config: ServerConfig) -> TestClient:
     """A client of a new ingress."""
-    ingress = Ingress(Handle(replica), config, lambda choice: None)  # type: ignore[arg-type]
+    ingress = Ingress(Handle(replica), config, lambda choice: None)
     client = TestClient(ingress.__serve_build_asgi_app__(), client=("127.0.0.1", 1), raise_server_exceptions=False)
     while client.get("/health").status_code != 200:
         pass

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_two_models_of_one_name_are_two_to_a_session(model: Path, copy: Path, tm
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"prompt": "hi", "completion": "you"}) + "\n")
 
-    def run(folder: Path, session: str | None = None, dtype: str = "float32"):
+    def run(folder: Path, session: str | None = None, dtype: str = "float32") -> Any:
         settings = CaptureSettings(
             source=texts, model=str(folder), device="cpu", dtype=dtype, store=str(tmp_path / "s"), session=session,
             layers="all", hook_points=("resid_post",),

@@ -178,7 +178,7 @@ def test_the_space_before_a_completions_first_word_is_kept(scheme: str) -> None:
         stream.push(token)
     assert stream.text == " two three"
     # A text begins after a special token, as it does without anything before it.
-    for before in ([], prompt[:1]):
+    for before in (prompt[:0], prompt[:1]):
         assert decode(core, two, after=before)[0].lstrip() == "two three"
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def headers(folder: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_the_model_has_no_use_for_is_left_out_and_logged(
-    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: dict, config: dict
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: dict[str, Any], config: dict[str, Any]
 ) -> None:
     weights = load_file(whole / "model.safetensors") | {key: torch.ones(shape) for key, shape in extra.items()}
     folder = copied(whole, tmp_path / "more", weights, **config)

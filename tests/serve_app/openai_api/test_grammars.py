@@ -200,7 +200,7 @@ def test_calls_or_else_the_answer_s_schema(
     speakers: dict[str, Speaker], kind: str, choice: Any, text: str, may: bool
 ) -> None:
     for reasoning, before in (("none", ""), ("possible", "<think>\nHm.\n</think>\n\n"), ("started", "Hm.</think>")):
-        grammar = tool_call_grammar(TOOLS, choice, True, answer=shape(POINT), reasoning=reasoning)  # type: ignore[arg-type]
+        grammar = tool_call_grammar(TOOLS, choice, True, answer=shape(POINT), reasoning=reasoning)
         assert speakers[kind].may_say(grammar, before + text) == may
 
 

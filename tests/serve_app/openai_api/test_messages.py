@@ -30,7 +30,7 @@ def test_a_parsed_reply_can_be_sent_back() -> None:
     class Answer(BaseModel):
         value: int
 
-    call = CALL | {"function": CALL["function"] | {"parsed_arguments": {"a": 1}}}  # type: ignore[operator]
+    call = CALL | {"function": CALL["function"] | {"parsed_arguments": {"a": 1}}}
     said = ParsedChatCompletionMessage[Answer].model_validate(
         {"role": "assistant", "content": '{"value": 3}', "parsed": {"value": 3}, "tool_calls": [call]}
     )

@@ -28,7 +28,7 @@ def parse(*pieces: str, tools: bool = True, reasoning: Reasoning = "none") -> li
 
 def read(*pieces: str, tools: bool = True, reasoning: Reasoning = "none") -> dict[str, Any]:
     """A message without what is always there, its calls as (name, arguments)."""
-    message = assemble(parse(*pieces, tools=tools, reasoning=reasoning))
+    message: dict[str, Any] = {**assemble(parse(*pieces, tools=tools, reasoning=reasoning))}
     assert (message.pop("role"), message.pop("refusal")) == ("assistant", None)
     if "tool_calls" in message:
         ids = [call["id"] for call in message["tool_calls"]]

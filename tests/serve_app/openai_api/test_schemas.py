@@ -10,7 +10,7 @@ from serve_app.http.ingress import Ingress
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    ingress = Ingress(None, ServerConfig(), lambda choice: None)  # type: ignore[arg-type] - its routes are only looked at
+    ingress = Ingress(None, ServerConfig(), lambda choice: None)  # its routes are only looked at
     return ingress.__serve_build_asgi_app__().openapi()
 
 

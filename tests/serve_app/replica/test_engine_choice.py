@@ -1,6 +1,7 @@
 """Which engine a configuration means, what it may say of one, and where its replicas go."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
         ({"engine": "tensorrt"}, "'auto', 'transformers' or 'vllm'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options: dict, said: str) -> None:
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ServerConfig.model_validate(options)
 
@@ -89,7 +90,7 @@ def test_gpus_that_no_node_has_are_said_to_be_waited_for(
 def settings(**changed: object) -> VllmSettings:
     usual = {"dtype": "auto", "device": "cpu", "max_batch": 8, "max_queue": 8, "max_cache_tokens": 0}
     usual |= {"tensor_parallel_size": 1, "threads": 1, "capture": True, "taps": (), "store": "s"}
-    return VllmSettings(**{**usual, **changed})  # type: ignore[arg-type]
+    return VllmSettings(**{**usual, **changed})
 
 
 def test_a_server_says_why_its_prefix_cache_is_off() -> None:

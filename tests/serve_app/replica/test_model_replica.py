@@ -264,7 +264,7 @@ SUM = {
 async def test_a_random_model_calls_a_tool_validly_when_it_must(replica: ModelReplica, choice: Any) -> None:
     body = {"tools": [SUM], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 90, "temperature": 2}
     # The tools' description would fill this model's context; it is random, and reads nothing anyway.
-    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"
     (reply,) = (await chat(replica, **body))["reply"]["choices"]
     (call,) = reply["message"]["tool_calls"]
     arguments = json.loads(call["function"]["arguments"])
@@ -280,7 +280,7 @@ async def test_a_random_model_calls_a_tool_validly_when_it_must(replica: ModelRe
 
 
 async def test_a_random_model_writes_the_json_that_is_asked_for(replica: ModelReplica) -> None:
-    schema = SUM["function"]["parameters"]  # type: ignore[index]
+    schema = SUM["function"]["parameters"]
     shape = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}}
     reply = (await chat(replica, response_format=shape, max_tokens=60, temperature=2))["reply"]["choices"][0]
     assert set(json.loads(reply["message"]["content"])) == {"a", "b"}
@@ -291,7 +291,7 @@ async def test_a_random_model_writes_the_json_that_is_asked_for(replica: ModelRe
 
 
 async def test_a_random_model_calls_a_tool_or_answers_in_the_form_asked_for(replica: ModelReplica) -> None:
-    shape = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM["function"]["parameters"]}}  # type: ignore[index]
+    shape = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM["function"]["parameters"]}}
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [SUM]}}
     tools = {"tools": [SUM, {"type": "function", "function": {"name": "never"}}], "tool_choice": choice}
     body = {
@@ -302,7 +302,7 @@ async def test_a_random_model_calls_a_tool_or_answers_in_the_form_asked_for(repl
         "n": 6,
         "parallel_tool_calls": False,
     }
-    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"
     choices = (await chat(replica, **body))["reply"]["choices"]
     assert {choice["finish_reason"] for choice in choices} == {"tool_calls", "stop"}
     chunks = await streamed(replica, ChatRequest, messages=[{"role": "user", "content": "hi"}], seed=1, **body)
@@ -333,7 +333,7 @@ async def test_a_schema_that_cannot_end_is_refused_wherever_it_stands(replica: M
         ({"tools": [SUM, tool], "tool_choice": "required"}, "tools.1.function.parameters"),
     ):  # fmt: skip
         # The tools' description would fill this model's context.
-        replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+        replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"
         error = (await chat(replica, **body))["error"]
         assert (error["status"], error["param"]) == (400, param)
         assert error["message"] == f"{param}: no value matches it: something that it requires contains itself"
@@ -426,7 +426,7 @@ async def test_a_rollout_that_cannot_be_stored_does_not_fail_those_beside_it(rep
     "template", ["{{ 1 / 0 }}", "{{ messages[9].content.x.y }}", "{% for i in range(10 ** 9) %}{% endfor %}"]
 )
 async def test_a_template_that_fails_on_a_conversation_refuses_it(replica: ModelReplica, template: str) -> None:
-    replica._slot.served.model.tokenizer.chat_template = template  # type: ignore[union-attr]
+    replica._slot.served.model.tokenizer.chat_template = template
     error = (await chat(replica))["error"]
     assert (error["status"], error["param"]) == (400, "messages")
 
@@ -464,7 +464,7 @@ async def test_huge_numbers_are_refused_or_mean_what_they_say(
 async def test_an_effort_turns_thinking_off_unless_the_template_s_own_variable_says_otherwise(
     replica: ModelReplica,
 ) -> None:
-    words = replica._slot.served.model.tokenizer  # type: ignore[union-attr]
+    words = replica._slot.served.model.tokenizer
     words.chat_template = "{{ '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}"
 
     async def prompt_of(**body: Any) -> str:

@@ -95,8 +95,8 @@ def test_a_worker_tells_its_replica_why() -> None:
     """vLLM's workers write rows in another process, by the same code; what fails there crosses as it is."""
     failed = {"rows": NonFiniteRowsError("1 of 2 rows"), "logits": NonFiniteLogitsError()}
     told = unpack(pack(SyncReply({}, failed, has_room=True, n_jobs=0, prefix_bytes=0)), SyncReply).failed
-    rows = from_store(told["rows"], "activations_not_stored")  # type: ignore[arg-type]
-    assert [rows.code, told["logits"].code] == ["non_finite_rows", "non_finite_logits"]  # type: ignore[attr-defined]
+    rows = from_store(told["rows"], "activations_not_stored")
+    assert [rows.code, told["logits"].code] == ["non_finite_rows", "non_finite_logits"]
     assert rows.headers() == {"x-should-retry": "false"}
 
 

@@ -27,7 +27,7 @@ def probe(server: Server) -> SavedProbe:
     generator = torch.Generator().manual_seed(0)
     weight, mean, scale = (torch.randn(shape, generator=generator) for shape in ((1, 576), 576, 576))
     card = ProbeCard(
-        model=MODEL, revision=model.revision, key="layers.15.resid_post", positions="last_prompt", kind="logistic",  # type: ignore[attr-defined]
+        model=MODEL, revision=model.revision, key="layers.15.resid_post", positions="last_prompt", kind="logistic",
         label="correct", target="binary", strength=1, folds=5, metrics={}, data_hash="c0ffee", seed=0, roentgen="0.1.0",
     )  # fmt: skip
     saved = SavedProbe(weight, torch.tensor([0.3]), mean, scale.abs() + 0.5, card)
@@ -49,22 +49,22 @@ async def test_one_of_two_that_run_together_is_steered_and_both_are_scored(serve
     plain, steered = await asyncio.gather(ask(), ask(steering=steering))
 
     def logprobs(reply: openai.types.chat.ChatCompletion) -> list[float]:
-        return [token.logprob for token in reply.choices[0].logprobs.content]  # type: ignore[union-attr]
+        return [token.logprob for token in reply.choices[0].logprobs.content]
 
     assert plain.choices[0].message.content == alone.choices[0].message.content
     assert logprobs(plain) == pytest.approx(logprobs(alone), abs=1e-4)
     assert steered.choices[0].message.content != plain.choices[0].message.content
 
     for reply in (plain, steered):
-        rollouts = Session.open(reply.activations["uri"]).rollouts()  # type: ignore[attr-defined]
-        mine = rollouts[rollouts["rollout_id"] == reply.activations["rollout_id"]]  # type: ignore[attr-defined]
+        rollouts = Session.open(reply.activations["uri"]).rollouts()
+        mine = rollouts[rollouts["rollout_id"] == reply.activations["rollout_id"]]
         assert ("steering" in mine["labels"].iloc[0]) == (reply is steered)
-        session = Session.open(reply.activations["uri"])  # type: ignore[attr-defined]
+        session = Session.open(reply.activations["uri"])
         stored = {
             f"layers.{i}.resid_post": session.activations(f"layers.{i}.resid_post", where=mine)[0].values
             for i in (15, 20)
         }
-        (found,) = reply.choices[0].probes  # type: ignore[attr-defined]
+        (found,) = reply.choices[0].probes
         weight, bias, mean, scale = (
             getattr(probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
         )
@@ -100,7 +100,7 @@ def test_scores_come_with_a_stream(server: Server, probe: SavedProbe) -> None:
     client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
     body: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0}
     extra = {"probes": [f"mine/{NAME}"]}
-    (whole,) = client.chat.completions.create(**body, extra_body=extra).choices[0].probes  # type: ignore[attr-defined]
+    (whole,) = client.chat.completions.create(**body, extra_body=extra).choices[0].probes
     scores: list[float] = []
     starts = []
     for chunk in client.chat.completions.create(**body, stream=True, extra_body=extra):
@@ -127,11 +127,11 @@ def test_a_score_ends_a_reply_on_every_route(server: Server, probe: SavedProbe) 
     free = client.chat.completions.create(**body, extra_body={"return_token_ids": True}).choices[0]
     whole = client.chat.completions.create(**body, extra_body={"probes": stops, "activations": ASKED})
     choice = whole.choices[0]
-    assert choice.token_ids == free.token_ids[:5]  # type: ignore[attr-defined]
-    assert (choice.finish_reason, choice.stop_reason) == ("stop", f"probe:mine/{NAME}")  # type: ignore[attr-defined]
+    assert choice.token_ids == free.token_ids[:5]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", f"probe:mine/{NAME}")
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 5
-    (acted,) = whole.activations["acted"]  # type: ignore[attr-defined]
+    (acted,) = whole.activations["acted"]
     assert acted["position"] == whole.usage.prompt_tokens + 4
     streamed = [
         chunk.choices[0]
@@ -139,14 +139,14 @@ def test_a_score_ends_a_reply_on_every_route(server: Server, probe: SavedProbe) 
         if chunk.choices
     ]
     assert "".join(piece.delta.content or "" for piece in streamed) == choice.message.content
-    assert streamed[-1].probes[0]["acted"]["position"] == acted["position"]  # type: ignore[attr-defined]
+    assert streamed[-1].probes[0]["acted"]["position"] == acted["position"]
     response = client.responses.create(
         model=MODEL,
         input=QUESTION,
         max_output_tokens=12,
         temperature=0,
-        extra_body={"probes": stops},  # type: ignore[arg-type]
+        extra_body={"probes": stops},
     )
     assert response.output_text == choice.message.content
     assert response.status == "completed"
-    assert response.probes[0]["acted"]["position"] == acted["position"]  # type: ignore[attr-defined]
+    assert response.probes[0]["acted"]["position"] == acted["position"]

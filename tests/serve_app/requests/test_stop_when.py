@@ -182,8 +182,8 @@ async def test_what_cannot_act_is_refused_by_name(replica: ModelReplica) -> None
         error = (await chat(replica, **body))["error"]
         assert (error["status"], error["param"]) == (400, param), error
         assert re.search(message, error["message"]), error
-    body: Body = {"prompt": "hi", "probes": [CLOSES], "structured_outputs": {"regex": "a+"}}
-    error = (await complete(replica, **body))["error"]
+    raw: Body = {"prompt": "hi", "probes": [CLOSES], "structured_outputs": {"regex": "a+"}}
+    error = (await complete(replica, **raw))["error"]
     assert (error["status"], error["param"]) == (400, "probes.0.stop_when.then")
 
 

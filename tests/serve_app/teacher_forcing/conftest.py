@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +35,7 @@ TRANSCRIPTS = [
 
 
 @pytest.fixture
-def force(tmp_path) -> Iterator[TeacherForce]:
+def force(tmp_path: Path) -> Iterator[TeacherForce]:
     """Return a function that makes a `TeacherForcing` into the session "s" of a store in `tmp_path`."""
     writer = StoreWriter(tmp_path, max_wait_s=0.01)
 

@@ -1,6 +1,8 @@
 """Teacher-forced rows against two independent paths: stock transformers with plain hooks, and generation itself."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from serve_app.openai_api.prompt import render
 from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing, layer_chunks
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, transcript_tokenizer
 from tests.serve_app import tiny
-from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
+from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS, TeacherForce
 
 KEYS = ["layers.0.resid_post", "layers.1.resid_post", "layers.2.resid_post", "embed"]
 
@@ -54,7 +56,7 @@ def stock(architecture: str, tokens: list[int]) -> tuple[dict[str, torch.Tensor]
     modules = {f"layers.{i}.resid_post": block for i, block in enumerate(body.h if gpt2 else body.layers)}
     for key, module in {**modules, "embed": body.wte if gpt2 else body.embed_tokens}.items():
 
-        def hook(module, args, output, key=key):
+        def hook(module: Any, args: Any, output: Any, key: str = key) -> None:
             seen[key] = (output[0] if isinstance(output, tuple) else output)[0].clone()
 
         module.register_forward_hook(hook)
@@ -84,7 +86,9 @@ def capture_all(
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_rows_and_logprobs_are_those_of_stock_transformers(force, tmp_path, architecture, chunk_size):
+def test_rows_and_logprobs_are_those_of_stock_transformers(
+    force: TeacherForce, tmp_path: Path, architecture: str, chunk_size: int | None
+) -> None:
     model = tiny.loaded(architecture)
     engine = TransformersEngine(model)
     texts = capture_all(force(model, engine, chunk_size), model)
@@ -117,7 +121,9 @@ def test_rows_and_logprobs_are_those_of_stock_transformers(force, tmp_path, arch
     assert verify(session).ok
 
 
-def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, llama, tmp_path):
+def test_reading_an_answer_again_gives_what_generating_it_gave(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel, tmp_path: Path
+) -> None:
     """The same store rows, by both ways: tensors, columns, index."""
     asked = ActivationRequest(layers="all", hook_points=("resid_post", "embed"))
     plan = CapturePlan(llama.structure.resolve(asked), Positions.parse("all"), "model")
@@ -160,7 +166,9 @@ def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, ll
 @pytest.mark.parametrize(
     "positions", ["prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
 )
-def test_position_policies_count_from_the_completion(force, engine, llama, tmp_path, positions):
+def test_position_policies_count_from_the_completion(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel, tmp_path: Path, positions: str
+) -> None:
     texts = capture_all(force(llama, engine, positions=positions), llama)
     session = Session.open(tmp_path / "s")
     frame = session.rollouts()
@@ -176,7 +184,9 @@ def test_position_policies_count_from_the_completion(force, engine, llama, tmp_p
         assert len(wanted) == 0 or error(rows.values, expected) <= 1e-4
 
 
-def test_a_pass_captures_its_own_layers_and_scores_once(force, engine, llama):
+def test_a_pass_captures_its_own_layers_and_scores_once(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel
+) -> None:
     watched = Watched(engine)
     capture_all(force(llama, watched, 1), llama)
     n = len(TRANSCRIPTS)
@@ -187,7 +197,7 @@ def test_a_pass_captures_its_own_layers_and_scores_once(force, engine, llama):
     assert lengths == sorted(lengths, reverse=True)
 
 
-def test_chunks_are_of_layers_not_of_keys():
+def test_chunks_are_of_layers_not_of_keys() -> None:
     keys = ["embed", *(f"layers.{i}.{h}" for h in ("ln_attn", "mlp_out") for i in (8, 0, 4)), "final_norm"]
     chunks = layer_chunks(dict.fromkeys(keys), 2)
     assert [sorted(chunk) for chunk in chunks] == [
@@ -199,7 +209,9 @@ def test_chunks_are_of_layers_not_of_keys():
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
-def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path, chunk_size):
+def test_one_that_the_engine_refuses_stops_nobody(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel, tmp_path: Path, chunk_size: int | None
+) -> None:
     texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
     refused = texts[1]
     outcomes = list(force(llama, Watched(engine, len(refused.sequence.token_ids)), chunk_size).capture(texts))
@@ -207,7 +219,9 @@ def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path
     assert len(Session.open(tmp_path / "s").rollouts()) == len(outcomes) - 1 == len(TRANSCRIPTS) - 1
 
 
-def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_path):
+def test_a_full_queue_is_waited_for_while_results_are_taken(
+    force: TeacherForce, llama: LoadedModel, tmp_path: Path
+) -> None:
     engine = TransformersEngine(llama, max_batch=1, max_queue=0)
     watched = Watched(engine)
     transcripts = [replace(TRANSCRIPTS[0], key=RolloutKey(config_hash="c", problem_id=str(i))) for i in range(40)]
@@ -219,7 +233,9 @@ def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_pa
     assert len(Session.open(tmp_path / "s").rollouts()) == 40
 
 
-def test_a_text_whose_rollout_cannot_be_stored_fails_alone(force, engine, llama, tmp_path):
+def test_a_text_whose_rollout_cannot_be_stored_fails_alone(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel, tmp_path: Path
+) -> None:
     beyond = TRANSCRIPTS[3].key.model_copy(update={"turn": 2**31})
     transcripts = [
         *TRANSCRIPTS,
@@ -236,20 +252,22 @@ def test_a_text_whose_rollout_cannot_be_stored_fails_alone(force, engine, llama,
     assert sorted(Session.open(tmp_path / "s").rollouts()["problem_id"]) == [t.key.problem_id for t in TRANSCRIPTS]
 
 
-def test_a_hook_point_without_rows_ends_it(force, engine, llama):
+def test_a_hook_point_without_rows_ends_it(force: TeacherForce, engine: TransformersEngine, llama: LoadedModel) -> None:
     with pytest.raises(UncapturableError, match=r"model\.layers\.output"):
         capture_all(force(llama, engine, hook_points=["model.layers.output"]), llama, [TRANSCRIPTS[2]])
 
 
-def test_a_closed_engine_ends_it(force, llama):
+def test_a_closed_engine_ends_it(force: TeacherForce, llama: LoadedModel) -> None:
     engine = TransformersEngine(llama)
     engine.close()
     with pytest.raises(EngineStoppedError):
         capture_all(force(llama, engine), llama)
 
 
-def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
-    def full(*_):
+def test_a_full_disk_ends_it_and_says_so(
+    force: TeacherForce, engine: TransformersEngine, llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("roentgen.store.storage_backends.write_chunks", full)
@@ -257,7 +275,9 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
         capture_all(force(llama, engine), llama)
 
 
-def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, llama, tmp_path):
+def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(
+    engine: TransformersEngine, llama: LoadedModel, tmp_path: Path
+) -> None:
     texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
     tokens = [*texts[0].sequence.token_ids[:-1], 257]
     wrong = replace(texts[0], sequence=replace(texts[0].sequence, token_ids=tokens))

@@ -1,5 +1,5 @@
-from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +15,7 @@ ASK = ({"role": "user", "content": "hi"},)
 
 
 @pytest.fixture
-def model(llama: LoadedModel) -> Iterator[LoadedModel]:
+def model(llama: LoadedModel) -> LoadedModel:
     """The tiny model with a tokenizer that a test may change."""
     return replace(llama, tokenizer=tiny.tokenizer())
 
@@ -25,7 +25,7 @@ def display_name(text: TokenizedText) -> str:
     return tiny.tokenizer().decode(text.token_ids)
 
 
-def test_a_conversation_goes_through_the_template_and_ends_its_turn(model):
+def test_a_conversation_goes_through_the_template_and_ends_its_turn(model: LoadedModel) -> None:
     text = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop")).sequence
     assert display_name(text) == text.text == "[user]hi[reply]yo<eos>"
     assert (text.n_prompt, text.n_completion, text.n_rows) == (15, 3, 17)
@@ -33,22 +33,22 @@ def test_a_conversation_goes_through_the_template_and_ends_its_turn(model):
     assert text.token_offsets == list(range(18))
 
 
-def test_a_cut_completion_does_not_end(model):
+def test_a_cut_completion_does_not_end(model: LoadedModel) -> None:
     assert transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "length")).sequence.text == "[user]hi[reply]yo"
 
 
-def test_without_completion_all_is_prompt_ready_for_the_answer(model):
+def test_without_completion_all_is_prompt_ready_for_the_answer(model: LoadedModel) -> None:
     text = transcript_tokenizer(model)(Transcript(KEY, ASK)).sequence
     assert text.text == "[user]hi[reply]"
     assert text.n_prompt == text.n_rows == len(text.token_ids) == 15
 
 
-def test_an_empty_answer_is_only_the_end(model):
+def test_an_empty_answer_is_only_the_end(model: LoadedModel) -> None:
     text = transcript_tokenizer(model)(Transcript(KEY, ASK, "", "stop")).sequence
     assert (text.n_completion, text.n_rows) == (1, text.n_prompt)
 
 
-def test_the_end_of_a_turn_is_the_templates_own(model):
+def test_the_end_of_a_turn_is_the_templates_own(model: LoadedModel) -> None:
     """Several tokens end a text; the template says which of them ends a turn."""
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     model.tokenizer.chat_template = (
@@ -62,7 +62,7 @@ def test_the_end_of_a_turn_is_the_templates_own(model):
     assert transcript_tokenizer(model)(Transcript(KEY, "raw", "yo", "stop")).sequence.token_ids[-1] == tiny.EOS
 
 
-def test_raw_text_begins_as_the_tokenizer_begins_texts(model):
+def test_raw_text_begins_as_the_tokenizer_begins_texts(model: LoadedModel) -> None:
     plain = transcript_tokenizer(model)(Transcript(KEY, "abc", "d")).sequence
     assert (plain.text, plain.n_prompt, plain.n_completion) == ("abcd", 3, 1)
     assert plain.segments == [Segment("prompt", 0, 3), Segment("completion", 3, 4)]
@@ -79,7 +79,7 @@ def test_raw_text_begins_as_the_tokenizer_begins_texts(model):
     assert begun.token_offsets == [0, 5, 6, 7, 8]
 
 
-def test_prompt_and_completion_share_no_token(model):
+def test_prompt_and_completion_share_no_token(model: LoadedModel) -> None:
     """A token "bc" exists; where the prompt ends with b and the completion begins with c, generation could not use it."""
     from tokenizers import Tokenizer, models
 
@@ -94,7 +94,7 @@ def test_prompt_and_completion_share_no_token(model):
     assert (300 in apart.token_ids, apart.n_prompt, apart.n_completion) == (False, 2, 2)
 
 
-def test_known_tokens_are_taken_for_the_same_weights_only(model):
+def test_known_tokens_are_taken_for_the_same_weights_only(model: LoadedModel) -> None:
     known = KnownTokens("tiny-llama", "0", TokenizedText("ab", [1, 2, 3], [0, 0, 1], [Segment("user", 0, 1)], 2))
     same = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop", tokens=known))
     assert (same.sequence, same.exact) == (known.sequence, True)
@@ -102,7 +102,7 @@ def test_known_tokens_are_taken_for_the_same_weights_only(model):
     assert (other.sequence.text, other.exact) == ("[user]hi[reply]yo<eos>", False)
 
 
-def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
+def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model: LoadedModel) -> None:
     with pytest.raises(UnreadableTextError, match=r"129 tokens; the context of tiny-llama is 128"):
         transcript_tokenizer(model)(Transcript(KEY, "x" * 129))
     assert transcript_tokenizer(model)(Transcript(KEY, "x" * 128)).sequence.n_rows == 128
@@ -117,12 +117,12 @@ def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
         Transcript(KEY, ASK, "half \ud83d", "stop"),
     ],
 )
-def test_half_a_surrogate_pair_is_refused(model, transcript):
+def test_half_a_surrogate_pair_is_refused(model: LoadedModel, transcript: Any) -> None:
     with pytest.raises(UnreadableTextError, match="an unpaired surrogate"):
         transcript_tokenizer(model)(transcript)
 
 
-def test_what_the_template_cannot_say_is_refused(model):
+def test_what_the_template_cannot_say_is_refused(model: LoadedModel) -> None:
     with pytest.raises(UnreadableTextError, match=r"role"):
         transcript_tokenizer(model)(Transcript(KEY, ({"role": "robot", "content": "hi"},), "yo"))
     model.tokenizer.chat_template = None

@@ -30,7 +30,7 @@ def test_a_folder_is_loaded_and_said_what_it_is(source: ModelSource) -> None:
     stages: list[str] = []
     model = load(source, "float32", "cpu", stages.append)
     assert model.structure.num_layers == 3
-    assert (model.context_length, model.eos_token_ids) == (128, {256})
+    assert (model.context_length, model.eos_token_ids) == (128, frozenset({256}))
     assert stages == [
         "loading tiny-llama (torch.float32, cpu)",
         "verifying hook points",

@@ -1,5 +1,7 @@
 """Models with other caches than keys and values: they generate like transformers, or are rejected when loaded."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,7 +72,9 @@ def test_a_model_that_forgets_is_refused() -> None:
     model = tiny.module("llama")
     for layer in model.model.layers:
 
-        def forward(*args: object, past_key_values: object = None, own: object = layer.self_attn.forward, **kw: object):
+        def forward(
+            *args: object, past_key_values: object = None, own: object = layer.self_attn.forward, **kw: object
+        ) -> Any:
             if past_key_values is not None:
                 own(*args, past_key_values=past_key_values, **kw)
             kw["attention_mask"] = None
@@ -86,7 +90,7 @@ def test_a_cache_of_another_shape_is_refused() -> None:
     model = tiny.module("lfm2")
     own = model.forward
 
-    def forward(*args: object, **kw: object):
+    def forward(*args: object, **kw: object) -> Any:
         output = own(*args, **kw)
         if output.past_key_values is not None:
             output.past_key_values.all_of_them = torch.zeros(7, 5)

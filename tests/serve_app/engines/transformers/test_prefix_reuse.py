@@ -388,7 +388,8 @@ def test_a_forward_that_fails_is_read_again_without_the_cache(
     asked = plan(llama, "resid_post")
     with serving(llama) as engine:
         run(llama, engine, [call(prompt(1), asked)])
-        run_forward, raised = engine._forwards.run, []
+        run_forward = engine._forwards.run
+        raised: list[BaseException] = []
 
         def fail_once(*arguments: Any) -> Any:
             if not raised:

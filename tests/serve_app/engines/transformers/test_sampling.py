@@ -81,7 +81,7 @@ def test_draws_have_the_exact_probabilities(cut: dict[str, float]) -> None:
     """Chi-square over 8,000 draws of different seeds, from a peaked distribution over 2,000 tokens."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(2)) * 2
     logits[:20] += 5
-    settings = Sampling(1, **cut)  # type: ignore[arg-type]
+    settings = Sampling(1, **cut)
     warped = TemperatureLogitsWarper(settings.temperature)(None, logits[None])
     if settings.top_k:
         warped = TopKLogitsWarper(settings.top_k)(None, warped)
@@ -112,7 +112,7 @@ def stream_of(logits: torch.Tensor, beside: torch.Tensor, settings: Sampling, ot
 @pytest.mark.parametrize("cut", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}])
 def test_neighbours_do_not_change_a_draw(cut: dict[str, float]) -> None:
     rows = torch.randn(5, 3 * FEW, generator=torch.Generator().manual_seed(3)) * 3
-    settings = Sampling(1, seed=5, **cut)  # type: ignore[arg-type]
+    settings = Sampling(1, seed=5, **cut)
     alone = stream_of(rows[0], rows[1:], settings, [])
     company = [Sampling(1, temperature=0), Sampling(1, top_p=0.99), Sampling(1, top_k=3), Sampling(1, temperature=2)]
     assert stream_of(rows[0], rows[1:], settings, company) == alone

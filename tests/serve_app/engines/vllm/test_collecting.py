@@ -1,5 +1,7 @@
 """A worker's rows: requests that are packed, preempted, computed again, and overrun their end."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,7 @@ POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "me
 
 
 def plan(policy: str, dtype: str = "model") -> CapturePlan:
-    return CapturePlan({"x": Tap("m", "output")}, Positions.parse(policy), dtype)  # type: ignore[arg-type]
+    return CapturePlan({"x": Tap("m", "output")}, Positions.parse(policy), dtype)
 
 
 def values(job: int, span: range) -> torch.Tensor:
@@ -48,7 +50,7 @@ def run(collector: Collector, batch: list[tuple[int, range]]) -> None:
     ),
     data=st.data(),
 )
-def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.DataObject) -> None:
+def test_what_is_kept_does_not_depend_on_what_happened(jobs: list[Any], data: st.DataObject) -> None:
     collector = Collector(torch.device("cpu"))
     left = {}
     for number, (policy, n_prompt, n_completion, beyond, preempted) in enumerate(jobs):

@@ -70,7 +70,7 @@ def test_rows_are_those_of_transformers(dtype: str, ranks: int, eager: bool, tmp
             for question in QUESTIONS
         ]
         calls = [Call(p, Sampling(8 + 4 * i, temperature=0), plan) for i, p in enumerate(prompts)]
-        subject = Subject(model, engine, engine.storage, None)  # type: ignore[arg-type]
+        subject = Subject(model, engine, engine.storage, None)
         run(engine, calls)
         captured = [subject.rows(call) for call in calls]
     finally:
@@ -109,7 +109,7 @@ def test_graphs_are_as_near_to_float32_as_modules_one_by_one(tmp_path: Path) -> 
         try:
             asked = ActivationRequest(layers="all", hook_points=("resid_post",))
             plan = CapturePlan(model.structure.resolve(asked), Positions("all"), "model")
-            subject = Subject(model, engine, engine.storage, None)  # type: ignore[arg-type]
+            subject = Subject(model, engine, engine.storage, None)
             apart: list[torch.Tensor] = []
             for at_once in (1, 8, 64):
                 prompts = [model.tokenizer(f"{i}. {QUESTIONS[i % 6]}")["input_ids"] for i in range(at_once)]

@@ -1,6 +1,7 @@
 """Candidates by name, and their verification on rows; vLLM is not needed for this."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ LLAMA = (
 GEMMA = (*LLAMA, ".pre_feedforward_layernorm", ".post_feedforward_layernorm")
 
 
-def modules(inside: tuple[str, ...] = LLAMA, n_layers: int = 2):
+def modules(inside: tuple[str, ...] = LLAMA, n_layers: int = 2) -> Any:
     paths = [f"model.layers.{i}{path}" for i in range(n_layers) for path in inside]
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     return describe_modules(["", "model", "model.embed_tokens", "model.layers", "model.norm", *paths], packed, "X")

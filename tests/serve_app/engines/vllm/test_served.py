@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import numpy as np
@@ -65,7 +66,7 @@ def client(server: Server) -> openai.OpenAI:
 def ask(client: openai.OpenAI, question: str = "What is 2 + 3?", **options: object) -> openai.types.chat.ChatCompletion:
     messages = [{"role": "user", "content": question}]
     settings = {"model": MODEL, "max_tokens": 12, "temperature": 0} | options
-    return client.chat.completions.create(messages=messages, **settings)  # type: ignore[call-overload, no-any-return]
+    return client.chat.completions.create(messages=messages, **settings)
 
 
 def test_a_reply_and_its_rows(server: Server, client: openai.OpenAI) -> None:
@@ -123,7 +124,9 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
         ({"activations": {"hook_points": ["attn_out"]}}, "activations.hook_points", "start it with --taps default and"),
     ],
 )
-def test_what_it_does_not_have_is_refused_by_name(client: openai.OpenAI, body: dict, param: str, said: str) -> None:
+def test_what_it_does_not_have_is_refused_by_name(
+    client: openai.OpenAI, body: dict[str, Any], param: str, said: str
+) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, extra_body=body)
     assert refused.value.param == param
@@ -166,7 +169,7 @@ def test_a_full_queue_is_refused_and_the_rest_is_answered(client: openai.OpenAI)
     def one(number: int) -> int | str | None:
         try:
             reply = ask(client, f"Count to {number}.", max_tokens=60, extra_body={"activations": {"layers": [7]}})
-            return reply.usage and reply.usage.completion_tokens
+            return reply.usage.completion_tokens if reply.usage else None
         except openai.RateLimitError as refused:
             return refused.response.headers["retry-after"]
 

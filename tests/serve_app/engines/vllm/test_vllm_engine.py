@@ -57,7 +57,7 @@ def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
                     outputs.append(output)
                 yield output
 
-    engine._client = Listening()  # type: ignore[assignment]
+    engine._client = Listening()
     try:
         yield outputs
     finally:
@@ -267,9 +267,9 @@ def test_requests_that_must_run_alone_wait_for_one_another(cramped: Subject) -> 
                 yield output
             self.running -= 1
 
-    engine._client, engine._batching = Counting(), Batching("alone")  # type: ignore[assignment]
+    engine._client, engine._batching = Counting(), Batching("alone")
     try:
-        results = run(engine, [Call(prompt, Sampling(12, temperature=0)) for prompt in prompts])  # type: ignore[arg-type]
+        results = run(engine, [Call(prompt, Sampling(12, temperature=0)) for prompt in prompts])
     finally:
         engine._client, engine._batching = client, Batching()
     assert most == 1

@@ -155,7 +155,7 @@ def test_steering_and_probes_see_what_the_models_own_step_shows(model: LoadedMod
 def test_a_graph_that_gives_something_else_is_not_used(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    own = CompiledStep.load.__func__  # type: ignore[attr-defined]
+    own = CompiledStep.load.__func__
 
     def mixed_up(cls: type, folder: Path, module: Any, observed_modules: Any) -> CompiledStep:
         step: CompiledStep = own(cls, folder, module, observed_modules)
