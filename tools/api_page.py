@@ -15,19 +15,18 @@ import roentgen
 INTRO = """\
 # Python library
 
-Made from the docstrings by `tools/api_page.py`; `roentgen.__all__` lists the names. They are stable within a minor version.
-`import roentgen` is quick and brings neither torch nor Ray: a name is loaded when it is first used. Install from the wheel or
-the repository ([README](../README.md#install)); everything is typed (`py.typed`); [examples](../examples/README.md) run as they
+`tools/api_page.py` makes this page from the docstrings; `roentgen.__all__` lists the names. They are stable within a minor version.
+`import roentgen` is fast and imports neither torch nor Ray: a name is loaded when it is first used. Install from the wheel or the
+repository ([README](../README.md#install)). Everything is typed (`py.typed`); the [examples](../examples/README.md) run as they
 stand.
 
-In a notebook, all of it works in a running event loop; rollouts, runs and probes show themselves as HTML. Where a server is
-behind it, coroutines have a variant: `async with roentgen.serve(…) as server`, `server.async_client`,
-`await roentgen.evaluate_async(…)`. Interrupted by Ctrl-C or cancelled, whatever was started is stopped, and what was recorded
-stays. Several evaluations may run at once, in threads or coroutines.
+In a notebook, all functions work inside the running event loop, and rollouts, runs and probes display as HTML. What uses a server also
+has coroutines: `async with roentgen.serve(…) as server`, `server.async_client`, `await roentgen.evaluate_async(…)`. On Ctrl-C or
+cancellation, everything that was started is stopped, and what was recorded stays. Several evaluations can run at once, in threads or
+coroutines.
 
-Whatever a script can get wrong, and whatever can fail around it, is a `RoentgenError` with one line that names the argument,
-the value and what is allowed; `RequestError` and those that the functions below name are kinds of it. An argument of another
-type than those allowed is a `TypeError`.
+A mistake in a script, or a failure around it, raises a `RoentgenError`. Its one line names the argument, the value and what is allowed.
+`RequestError`, and the errors that the functions below name, are subclasses. An argument of a wrong type raises `TypeError`.
 
 """
 
