@@ -15,18 +15,19 @@ import roentgen
 INTRO = """\
 # Python library
 
-`tools/api_page.py` makes this page from the docstrings; `roentgen.__all__` lists the names. They are stable within a minor version.
-`import roentgen` is fast and imports neither torch nor Ray: a name is loaded when it is first used. Install from the wheel or the
-repository ([README](../README.md#install)). Everything is typed (`py.typed`); the [examples](../examples/README.md) run as they
-stand.
+`tools/api_page.py` makes this page from the docstrings; `roentgen.__all__` lists the names. They are stable within a minor
+version. `import roentgen` is fast and imports neither torch nor Ray: a name is loaded when it is first used. Install from the
+wheel or the repository ([README](../README.md#install)). Everything is typed (`py.typed`); the
+[examples](../examples/README.md) run as they stand.
 
-In a notebook, all functions work inside the running event loop, and rollouts, runs and probes display as HTML. What uses a server also
-has coroutines: `async with roentgen.serve(…) as server`, `server.async_client`, `await roentgen.evaluate_async(…)`. On Ctrl-C or
-cancellation, everything that was started is stopped, and what was recorded stays. Several evaluations can run at once, in threads or
-coroutines.
+In a notebook, all functions work inside the running event loop, and rollouts, runs and probes display as HTML. What uses a
+server also has coroutines: `async with roentgen.serve(…) as server`, `server.async_client`,
+`await roentgen.evaluate_async(…)`. On Ctrl-C or cancellation, everything that was started is stopped, and what was recorded
+stays. Several evaluations can run at once, in threads or coroutines.
 
-A mistake in a script, or a failure around it, raises a `RoentgenError`. Its one line names the argument, the value and what is allowed.
-`RequestError`, and the errors that the functions below name, are subclasses. An argument of a wrong type raises `TypeError`.
+A mistake in a script, or a failure around it, raises a `RoentgenError`. Its one line names the argument, the value and what
+is allowed. `RequestError`, and the errors that the functions below name, are subclasses. An argument of a wrong type raises
+`TypeError`.
 
 """
 
