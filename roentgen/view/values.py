@@ -178,7 +178,8 @@ def _grid_readers(source: OpenSource, keys: Sequence[str], of: str) -> dict[str,
 
 
 def _norm(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows"]:
-    return torch.linalg.vector_norm(rows.double(), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows.double(), dim=1)
+    return norms
 
 
 def _cosine(probe: SavedProbe) -> Read:
