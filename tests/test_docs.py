@@ -54,6 +54,11 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def plain(text: str) -> str:
+    """A text in lower case, in which names of the code are words."""
+    return " ".join(re.sub(r"[-_]", " ", text).split()).lower()
+
+
 def test_the_glossary_has_a_line_for_each_term_and_each_is_used() -> None:
     glossary = ROOT / "docs" / "glossary.md"
     lines = [line for line in glossary.read_text().splitlines() if line.startswith("- ")]
@@ -61,8 +66,8 @@ def test_the_glossary_has_a_line_for_each_term_and_each_is_used() -> None:
     assert len(terms) == len(lines) > 40
     assert terms == sorted(set(terms), key=str.lower)
     text = "\n".join([text_of(page) for page in PAGES if page != glossary] + [file.read_text() for file in CODE])
-    words = " ".join(text.split()).lower()
-    assert [term for term in terms if not re.search(rf"\b{re.escape(term.lower())}", words)] == []
+    used = plain(text)
+    assert [term for term in terms if not re.search(rf"\b{re.escape(plain(term))}", used)] == []
 
 
 def test_paths_in_contributing_are_there() -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.store import NonFiniteRowsError, Rollout, Session, StoreWriter, verify
+from roentgen.store import CapturedRollout, NonFiniteRowsError, Session, StoreWriter, verify
 from roentgen.store.index import INDEX_SCHEMA, read_index
 from roentgen.store.merging import compact
 from roentgen.store.schema import NonFinite, all_finite
@@ -17,7 +17,9 @@ from roentgen.store.writer import StoreError
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
-def affected(rollout: Rollout, *, key: int = 1, rows: tuple[int, ...] = (2, 4), value: float = float("nan")) -> Rollout:
+def affected(
+    rollout: CapturedRollout, *, key: int = 1, rows: tuple[int, ...] = (2, 4), value: float = float("nan")
+) -> CapturedRollout:
     for row in rows:
         rollout.tensors[KEYS[key]][row, 3] = value
     return replace(rollout, require_finite=True)
