@@ -1,19 +1,24 @@
 """What the page draws of a training, computed again from the scores that were kept."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import probes
+from probes.report import ProbeReport
 from roentgen.linear_probe import load_probe
-from tests.probes.conftest import N_PROMPT, N_ROWS
+from roentgen.runs import Run
+from tests.probes.conftest import N_PROMPT, N_ROWS, BuildRun, Plant
 
+Trained = tuple[Run, ProbeReport, Path, dict[str, Any]]
 KEYS = ("layers.0.resid_post", "layers.3.resid_post")
 
 
 @pytest.fixture
-def trained(build_run, planted):
+def trained(build_run: BuildRun, planted: Plant) -> Trained:
     features, correct = planted(KEYS, KEYS[1], strength=2.0)
     run = build_run(features, correct)
     report = probes.train(run.path)
@@ -21,7 +26,7 @@ def trained(build_run, planted):
     return run, report, folder, json.loads((folder / "curves.json").read_text())
 
 
-def test_scores_are_out_of_fold_and_give_the_reports_metrics(trained):
+def test_scores_are_out_of_fold_and_give_the_reports_metrics(trained: Trained) -> None:
     run, report, folder, curves = trained
     scores = np.array([curves["samples"][sample.sample_id] for sample in run.read_samples()])
     y = np.array([sample.correct for sample in run.read_samples()])
@@ -34,7 +39,7 @@ def test_scores_are_out_of_fold_and_give_the_reports_metrics(trained):
     assert not np.allclose(probe.scores(probe.mean.new_tensor(rows))[:, 0].numpy(), scores, atol=1e-3)
 
 
-def test_curves_are_those_of_the_scores(trained):
+def test_curves_are_those_of_the_scores(trained: Trained) -> None:
     run, _, _, curves = trained
     names = [sample.sample_id for sample in run.read_samples()]
     y = {sample.sample_id: sample.correct for sample in run.read_samples()}
@@ -58,7 +63,7 @@ def test_curves_are_those_of_the_scores(trained):
         assert sorted(part["values"]) == sorted(scores[name] for name in names if str(y[name]) == part["name"])
 
 
-def test_traces_go_from_the_end_of_the_prompt_to_the_last_row(trained):
+def test_traces_go_from_the_end_of_the_prompt_to_the_last_row(trained: Trained) -> None:
     _, _, _, curves = trained
     assert {trace["name"]: trace["n"] for trace in curves["traces"]} == {"True": 40, "False": 40}
     for trace in curves["traces"]:
