@@ -24,7 +24,7 @@ def detail() -> CandidateDetail:
     return CandidateDetail("layers.1.resid_post@last_prompt", np.zeros(40), np.zeros(40), traces)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report: ProbeReport, closeup: Closeup) -> None:
+def test_the_page_is_whole_and_needs_nothing_else(report: ProbeReport, detail: CandidateDetail) -> None:
     page = Page(html := render_page(report, {"auroc_by_layer": b"png"}, detail))
     assert page.sources == ["data:image/png;base64,cG5n"]
     assert "url(" not in html
@@ -36,7 +36,7 @@ def test_the_page_is_whole_and_needs_nothing_else(report: ProbeReport, closeup: 
     assert page.text.count("correct is True") == page.text.count("correct is False") == TRANSCRIPTS // 2
 
 
-def test_every_token_has_its_score_and_its_colour(report: ProbeReport, closeup: Closeup) -> None:
+def test_every_token_has_its_score_and_its_colour(report: ProbeReport, detail: CandidateDetail) -> None:
     html = render_page(report, {}, detail)
     own = html[html.index("problem 0") :].split("</details>")[0]
     tokens = re.findall(r'<span class="([^"]*)"(?: style="--s:([\d.]+)")? data-score="([^"]*)">([^<]*)</span>', own)
@@ -50,7 +50,7 @@ def test_every_token_has_its_score_and_its_colour(report: ProbeReport, closeup: 
     ]
 
 
-def test_every_candidate_has_its_position(report: ProbeReport, closeup: Closeup) -> None:
+def test_every_candidate_has_its_position(report: ProbeReport, detail: CandidateDetail) -> None:
     other = tuple(replace(result, positions="at:0.5") for result in report.results)
     page = Page(
         render_page(replace(report, positions=("last_prompt", "at:0.5"), results=report.results + other), {}, detail)
@@ -61,7 +61,7 @@ def test_every_candidate_has_its_position(report: ProbeReport, closeup: Closeup)
     assert ["final_norm", "–", "at:0.5", "0.70 [0.60, 0.80]"] in rows
 
 
-def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(
+def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(report: ProbeReport, detail: CandidateDetail) -> None:
     pictures = {name: name.encode() for name in PICTURES}
     html = render_page(report, pictures, detail, {name: b"dark " + data for name, data in pictures.items()})
     page = Page(html)
@@ -71,7 +71,7 @@ def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_s
     assert "the highest is 0.70 [0.60, 0.80] at layers.10.resid_post@last_prompt" in html
 
 
-def test_transcripts_are_in_the_order_of_problems_and_epochs(report: ProbeReport, closeup: Closeup) -> None:
+def test_transcripts_are_in_the_order_of_problems_and_epochs(report: ProbeReport, detail: CandidateDetail) -> None:
     traces = [trace(number, value) for value in (False, True) for number in (10, 9, 2)]
     again = [replace(one, example=replace(one.example, epoch=2)) for one in traces]
     html = render_page(report, {}, replace(detail, traces=tuple(again + traces)))
@@ -89,5 +89,5 @@ def test_counts_stand_beside_shares_and_what_is_not_defined_is_a_dash(report: Pr
     assert str(replace(nothing, value=0.5)) == "0.50 [–]"
 
 
-def test_without_a_detail_there_are_no_transcripts(report):
+def test_without_a_detail_there_are_no_transcripts(report: ProbeReport) -> None:
     assert "Transcripts" not in render_page(report, {}, None)

@@ -28,7 +28,7 @@ def run(
 
 def client_of(run: Run) -> TestClient:
     config = ServerConfig(store=str(run.path / "activations"), view_runs=(str(run.path.parent),))
-    ingress = Ingress(None, config, lambda choice: None)  # type: ignore[arg-type]
+    ingress = Ingress(None, config, lambda choice: None)
     return TestClient(ingress.__serve_build_asgi_app__(), client=("127.0.0.1", 1), base_url="http://127.0.0.1:8000")
 
 

@@ -7,7 +7,7 @@ import torch
 
 from roentgen.store import Session
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.teacher_forcing.already_captured import OtherCaptureError, find_missing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS, TeacherForce
