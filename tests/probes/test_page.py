@@ -61,7 +61,9 @@ def test_every_candidate_has_its_position(report: ProbeReport, detail: Candidate
     assert ["final_norm", "–", "at:0.5", "0.70 [0.60, 0.80]"] in rows
 
 
-def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(report: ProbeReport, detail: CandidateDetail) -> None:
+def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(
+    report: ProbeReport, detail: CandidateDetail
+) -> None:
     pictures = {name: name.encode() for name in PICTURES}
     html = render_page(report, pictures, detail, {name: b"dark " + data for name, data in pictures.items()})
     page = Page(html)
