@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,22 @@ def test_tables_are_joined_on_what_they_have(tmp_path: Path) -> None:
     pd.DataFrame({"mood": ["x"]}).to_parquet(table)
     with pytest.raises(ProbeDataError, match="a column rollout_id, or problem_id"):
         read_label("mood", EXAMPLES, table)
+    pd.DataFrame({"rollout_id": ["p-2", "p-1"], "mood": ["x", "y"]}).to_parquet(table)
+    assert read_label("mood", EXAMPLES, table) == ["y", "x", None]
     table.write_bytes(b"torn")
     with pytest.raises(ProbeDataError, match=r"t.parquet cannot be read"):
         read_label("mood", EXAMPLES, table)
+
+
+def test_a_field_named_as_a_built_in_label_is_asked_for_as_a_field() -> None:
+    def hard(one: Example) -> Example:
+        assert one.sample is not None
+        return replace(one, sample=one.sample.model_copy(update={"fields": {"difficulty": "hard"}}))
+
+    fielded = [hard(one) for one in EXAMPLES]
+    with pytest.raises(ProbeDataError, match="'difficulty' is both a built-in label and a field of these problems"):
+        read_label("difficulty", fielded)
+    assert read_label("field:difficulty", fielded) == ["hard"] * 3
 
 
 def test_values_tell_what_kind_of_target_they_are() -> None:

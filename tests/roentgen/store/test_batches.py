@@ -116,6 +116,7 @@ def test_rollouts_in_another_order_than_their_shard(tmp_path: Path, rollout: Rol
     session = write(tmp_path, made)
     rows = session.activations(KEYS[0], where=session.rollouts().iloc[::-1])
     assert rows_of(list(rows.batches(64, shuffle=False))) == expected(made[::-1])
+    assert rows_of(list(rows[2:4].batches(64, shuffle=False))) == expected(made[3:1:-1])
 
 
 def test_rollouts_without_rows_are_passed_over(tmp_path: Path, rollout: RolloutFactory) -> None:
