@@ -97,7 +97,7 @@ def test_a_run_that_grows_is_told_until_it_is_complete(run: Run) -> None:
 
 def test_events_tell_of_a_complete_run_once(run: Run, ask: Ask) -> None:
     (run.path / "summary.json").write_text(json.dumps({"samples": 7, "errors": 1, "complete": True}))
-    client = asker(run.path).__closure__[0].cell_contents  # type: ignore[union-attr]
+    client = asker(run.path).__closure__[0].cell_contents
     at = source_ids(ask)["run"]
     reply = client.get(f"/api/events?token=secret&source={at}&monitor=/correct/layers.3.resid_post@last_prompt")
     (event,) = re.findall(r"event: progress\ndata: (.*)\n\n", reply.text)
