@@ -107,7 +107,7 @@ def test_what_cannot_be_read_is_refused_by_name(model: roentgen.Model) -> None:
     with pytest.raises(roentgen.RequestError, match=r"chunk_size: 0 is not allowed; allowed are integers from 1"):
         model.capture(["a"], chunk_size=0)
     with pytest.raises(TypeError, match=r"texts: 3 \(int\) is not a text; allowed are a text, a list of messages"):
-        list(model.capture([3]))  # type: ignore[list-item]
+        list(model.capture([3]))
     with pytest.raises(TranscriptError, match=r"text 2: role: Input should be 'system'|text 2: messages"):
         list(model.capture(["a", [{"role": "nobody", "content": "b"}]]))
     with pytest.raises(UnreadableTextError, match="the context of tiny is 512"):
