@@ -1,7 +1,7 @@
-"""`roentgen capture` in order: read the texts, load the model, leave out what the session has, capture the rest.
+"""`roentgen capture`: reads texts, loads the model, skips texts that the session already has, and captures the others.
 
-Everything that can be checked without the model is checked before it is loaded, and everything that can be checked without
-a forward before the first one. The model runs in this process: there is no server, and nothing is generated.
+Everything that can be checked without the model is checked before it is loaded, and everything that can be checked without a
+forward pass before the first one. The model runs in this process: there is no server, and nothing is generated.
 """
 
 import re
@@ -69,18 +69,18 @@ class CaptureReport:
 
 
 def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], None]) -> CaptureReport:
-    """Capture what a model holds inside while it reads existing texts; run again, it goes on.
+    """Capture a model's activations on existing texts; a second run continues.
 
     Args:
-        settings: what to do.
-        console: where progress is shown.
-        stage: told what is being done.
+        settings: the command's settings.
+        console: where to show progress.
+        stage: called with each stage.
 
     Raises:
         RunError: if the run directory cannot be read.
         TranscriptError: if the texts cannot be read.
         StoreError: if the store cannot be read or written.
-        CaptureError: if the model cannot be loaded, lacks what is asked for, or the session is another capture's.
+        CaptureError: if the model cannot be loaded or lacks a hook point, or the session belongs to another capture.
     """
     run = Run(settings.source) if settings.source.is_dir() else None
     if run is None and not settings.source.exists():
@@ -112,15 +112,15 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads texts, and what it keeps of them."""
+    """A model that reads texts, and the request for activations."""
 
     model: LoadedModel
     engine: Engine
-    """Runs the model."""
+    """The engine that runs the model."""
     request: ActivationRequest
-    """What to keep."""
+    """The request for activations."""
     chunk_size: int | None = None
-    """Layers captured per pass; None captures all in one."""
+    """Number of layers to capture per pass; None for all."""
 
 
 def capture_into(
@@ -131,11 +131,11 @@ def capture_into(
     console: Console,
     stage: Callable[[str], None],
 ) -> CaptureReport:
-    """Capture what a session does not have yet of some texts.
+    """Capture the texts that a session does not have yet.
 
     Raises:
-        RequestError: if the model does not have what is asked for, or the engine stops.
-        OtherCaptureError: if the session holds one of them, captured otherwise.
+        RequestError: if the model lacks a requested hook point, or the engine stops.
+        OtherCaptureError: if the session has one of them, captured with other settings.
         StoreError: if the store cannot be read or written.
     """
     texts, failures = _tokenize(reader.model, transcripts, stage)
@@ -157,7 +157,7 @@ def capture_into(
 
 
 def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], None]) -> LoadedModel:
-    """Load the model asked for, or the run's own as it ran."""
+    """Load the requested model, or the run's own model with the run's settings."""
     hashed = run.config.hashed if run else {}
     own = run.config.model_root if run else EMBEDDED_MODEL
     is_own = run is not None and (settings.model is None or is_named(settings.model, (own, run.config.hashed["model"])))
@@ -186,7 +186,7 @@ def _existing(uri: str) -> Session | None:
 
 
 def _store_of(run: Run) -> str | None:
-    """Return the store that a run's activations are in, if it kept any and they are still there."""
+    """Return the store of a run's activations; None if the run has none or they no longer exist."""
     for sample in run.read_samples():
         for ref in sample.rollouts:
             session = run.session_uri(ref)
@@ -195,13 +195,13 @@ def _store_of(run: Run) -> str | None:
 
 
 def session_name(source: str, stem: str, request: ActivationRequest, model: LoadedModel) -> str:
-    """Make up a session that is the same for the same texts, model and capture, and no other.
+    """Return a session name that is unique for the texts, the model and the request.
 
     Args:
-        source: tells the texts from others.
-        stem: what they are called in it.
-        request: what is kept.
-        model: what reads them.
+        source: identifies the texts.
+        stem: their name in the session's name.
+        request: the request for activations.
+        model: the model.
     """
     described: list[Any] = [source, model.source.name, model.source.revision, str(model.dtype)]
     described.append(request.model_dump(exclude={"allow_non_finite"}))
@@ -212,7 +212,7 @@ def session_name(source: str, stem: str, request: ActivationRequest, model: Load
 def _tokenize(
     model: LoadedModel, transcripts: Sequence[Transcript], stage: Callable[[str], None]
 ) -> tuple[list[TokenizedTranscript], list[tuple[str, str]]]:
-    """Spell every transcript for the model; those that it cannot read are failures."""
+    """Tokenize every transcript for the model; those that it cannot read are failures."""
     tokenize = transcript_tokenizer(model)
     texts: list[TokenizedTranscript] = []
     failures: list[tuple[str, str]] = []
@@ -230,7 +230,7 @@ def _tokenize(
 def _capture(
     forcing: TeacherForcing, texts: Sequence[TokenizedTranscript], report: CaptureReport, console: Console
 ) -> None:
-    """Capture texts and count what comes of them."""
+    """Capture texts and count the results."""
     started = last_line = time.monotonic()
     bar = Progress(
         TextColumn("capturing"),
@@ -261,7 +261,7 @@ def _capture(
 
 @contextmanager
 def _as_capture_errors() -> Iterator[None]:
-    """Turn what the model and the engine refuse into errors of this command."""
+    """Convert errors of the model and the engine to `CaptureError`."""
     try:
         yield
     except CaptureRequestError as error:

@@ -1,6 +1,6 @@
-"""The card of a shared run: a Hugging Face dataset's README.md. Its YAML says what there is to load, its text how it was made.
+"""Writes an exported run's dataset card: the README.md of a Hugging Face dataset, with YAML metadata and a description.
 
-All of it comes from the run's configuration and its summary, so whoever has the data can tell what they have, and run it again.
+All of it comes from the run's configuration and its summary, so that a reader knows what the data is and how to reproduce it.
 """
 
 import json
@@ -17,7 +17,7 @@ from roentgen.runs import RunConfig
 from roentgen.workflows.dataset_tables import Table
 
 _NOT_ASKED = {"output", "base_url", "ray_address", "verbose", "new", "dry_run", "store", "parallel", "extractor"}
-"""Options that are of the place where a run was made, or that are said elsewhere."""
+"""Options that depend on the machine of the run, or that the card states elsewhere."""
 
 
 def write_card(
@@ -68,7 +68,7 @@ def write_card(
 
 
 def evaluation_command(config: RunConfig) -> str:
-    """Spell the command that makes such a run: its options that are not the defaults, files by their names."""
+    """Return the command that reproduces a run: its non-default options, with files by name."""
     words = ["roentgen", "eval"]
     for name, field in EvalSettings.model_fields.items():
         value = config.settings.get(name)

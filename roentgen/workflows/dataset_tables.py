@@ -1,16 +1,16 @@
-"""The tables of a shared run: its samples, their rollouts, and per stored key a table of rows.
+"""Writes the tables of an exported run: samples, rollouts, and one table of rows per stored key.
 
-    samples/00000.parquet             a row per sample, as `roentgen export RUN x.parquet` has it
+    samples/00000.parquet             a row per sample, as in `roentgen export RUN x.parquet`
     rollouts/00000.parquet            a row per rollout (of a conversation, per turn): text, tokens, verdict, labels
-    layers.12.resid_post/00000.parquet   a row per token: whose it is, which token, and `values`, its activation
+    layers.12.resid_post/00000.parquet   a row per token: its rollout, its position, and `values`, its activation
 
-A row of a key's table is one token, because that is what every reader wants next: a filter on `position` gives what a linear
-probe reads, a shuffle gives what a sparse autoencoder trains on, and no cell is larger than a vector. Values are float32, which
+A row of a key's table is one token, which suits most readers: a filter on `position` selects the rows for a linear probe, a
+shuffle yields training data for a sparse autoencoder, and no cell is larger than a vector. Values are float32, which
 holds every stored dtype exactly; their bytes are grouped by significance (parquet's BYTE_STREAM_SPLIT), so the zero halves of
 bfloat16 values take next to nothing in the file.
 
-Everything is written some megabytes at a time. The rollouts' table is written first, and gives the text of each token to the
-tables of rows.
+Tables are written some megabytes at a time. The rollouts' table is written first, because the tables of rows take each token's
+text from it.
 """
 
 import json
@@ -33,9 +33,9 @@ from roentgen.store import StoreError
 from roentgen.tokenized_text import token_texts
 
 FILE_BYTES = 512 << 20
-"""Of a file, before compression, about."""
+"""Approximate size of a file before compression."""
 GROUP_BYTES = 32 << 20
-"""Of the rows that are written together."""
+"""Size of the rows that are written together."""
 ROLLOUTS_AT_ONCE = 500
 
 _JUDGED = [
@@ -95,7 +95,7 @@ _AS_STORED = (
 
 @dataclass(frozen=True)
 class Judged:
-    """What is said of a sample in the tables of its rollouts and rows."""
+    """A sample's columns in the tables of rollouts and rows."""
 
     sample_id: str
     problem_id: str
@@ -103,9 +103,9 @@ class Judged:
     variant: str | None
     gold: str
     correct: bool | None
-    """None of a sample that failed."""
+    """None for a failed sample."""
     verdict: str | None
-    """The primary extractor's."""
+    """The primary extractor's verdict."""
 
     @classmethod
     def of(cls, sample: Sample, extractor: str) -> Self:
@@ -128,16 +128,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that has been written."""
+    """A written table."""
 
     name: str
-    """Its folder, and what it is loaded by."""
+    """Name of its folder, by which it is loaded."""
     rows: int
-    """How many rows it has."""
+    """Number of rows."""
     nbytes: int
-    """Of its files."""
+    """Size of its files in bytes."""
     width: int = 0
-    """Length of `values`, of a key's table."""
+    """Length of `values` in a key's table."""
 
 
 class _Files:
@@ -182,13 +182,13 @@ class _Files:
             self._writer, self._in_file = None, 0
 
     def table(self, width: int = 0) -> Table:
-        """Return what has been written, once it is closed."""
+        """Return the written table, once it is closed."""
         nbytes = sum(path.stat().st_size for path in self._folder.iterdir())
         return Table(self._folder.name, self.rows, nbytes, width)
 
 
 def write_samples(run: Run, folder: Path) -> Table:
-    """Write the table of samples; a sample's session is named without the place where it was."""
+    """Write the table of samples; sessions are named without the path of their store."""
     schema = schema_of_run(run)
     with _Files(folder / "samples", schema) as files:
         for table in read_tables(run, schema):
@@ -261,10 +261,10 @@ def write_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Table
 
 @dataclass(frozen=True)
 class _RowBatch:
-    """One rollout's rows of a key."""
+    """One rollout's rows of a stored key."""
 
     rollout: dict[str, Any]
-    """The rollout's row of its table."""
+    """The rollout's row in the rollouts' table."""
     position: Int[np.ndarray, "rows"]
     columns: dict[str, Shaped[np.ndarray, "rows"]]
     """What the store says of each row."""
