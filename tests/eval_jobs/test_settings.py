@@ -44,7 +44,7 @@ def test_what_the_command_line_spells_is_read() -> None:
         ({"prompt": "poem"}, "--prompt: 'poem' is unknown; allowed are answer-line"),
         ({"extractor": "luck"}, "--extractor: 'luck' is unknown; allowed are answer, answer_line"),
         ({"base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is not the address of a server"),
-        ({"ray_address": "auto"}, "--ray-address: 'auto' takes whatever Ray it finds"),
+        ({"ray_address": "auto"}, "--ray-address: 'auto' uses any Ray that it finds"),
         ({"ray_address": "head"}, "--ray-address: 'head' is not an address of Ray; allowed are local and HOST:PORT"),
         ({"output": "out", "new": True}, "--new creates a folder"),
     ],
