@@ -113,7 +113,7 @@ def test_coroutines_serve_too(model: roentgen.Model, tmp_path: Path) -> None:
 
 
 def test_what_is_of_the_model_cannot_be_chosen_again(model: roentgen.Model, tmp_path: Path) -> None:
-    with pytest.raises(roentgen.RequestError, match="dtype: the model is loaded already; allowed are cors_origins"):
+    with pytest.raises(roentgen.RequestError, match="dtype: not allowed for a loaded model; allowed are cors_origins"):
         roentgen.serve(model, dtype="float16")
     with (
         roentgen.serve(model, store=str(tmp_path)) as server,
