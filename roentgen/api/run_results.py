@@ -15,13 +15,14 @@ from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
 from roentgen.runs.run_comparison import RunComparison
 from roentgen.runs.run_comparison import compare as compare_runs
+from roentgen.view.export import write_run
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table
 from roentgen.workflows.sample_details import SampleDetails, describe, find_sample
 
-Format = Literal["parquet", "eval", "hf"]
+Format = Literal["parquet", "eval", "html", "hf"]
 
-SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".eval": "eval"}
+SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".eval": "eval", ".html": "html"}
 """Formats by file extension."""
 
 
@@ -102,12 +103,12 @@ def export(
     public: bool = False,
     stage: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export a run as a table of samples, as a log for `inspect view`, or as a dataset with its activations.
+    """Export a run as a table of samples, as a log for `inspect view`, as a page, or as a dataset with its activations.
 
     Args:
         run: the run, or its folder.
-        output: SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for a Hugging Face dataset.
-        format: "parquet", "eval" or "hf"; by default determined by the extension of `output`.
+        output: SAMPLES.parquet, LOG.eval for inspect_ai, PAGE.html for a browser, or a folder for a Hugging Face dataset.
+        format: "parquet", "eval", "html" or "hf"; by default determined by the extension of `output`.
         session: for "hf": a session captured from the run's answers; None for the run's own activations.
         push_to: for "hf": also upload to the Hugging Face Hub as USER/NAME.
         public: make the uploaded dataset public.
@@ -123,7 +124,7 @@ def export(
     kind = format or ("hf" if push_to else SUFFIXES.get(path.suffix))
     if kind is None:
         raise ExportError(
-            f"output: {path.name!r} has no known extension; allowed are {' and '.join(SUFFIXES)}, and format hf for a folder"
+            f"output: {path.name!r} has no known extension; allowed are {', '.join(SUFFIXES)}, and format hf for a folder"
         )
     given = {"session": session is not None, "push": push_to is not None, "public": public}
     if kind != "hf" and (wrong := [name for name, there in given.items() if there]):
@@ -136,7 +137,7 @@ def export(
         stage(f"sending it to {push_to}")
         return replace(done, address=push(path, push_to, public=public))
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = {"parquet": write_parquet, "eval": write_inspect_log}[kind](opened, path)
+    count = {"parquet": write_parquet, "eval": write_inspect_log, "html": write_run}[kind](opened, path)
     return Exported(path, (Table("samples", count, path.stat().st_size),))
 
 

@@ -41,10 +41,10 @@ def score(
 def export(
     run: RunPath,
     output: Annotated[
-        Path, typer.Argument(help="SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for the hf format.")
+        Path, typer.Argument(help="SAMPLES.parquet, LOG.eval for inspect_ai, PAGE.html, or a folder for the hf format.")
     ],
     kind: Annotated[
-        Literal["parquet", "eval", "hf"] | None,
+        Literal["parquet", "eval", "html", "hf"] | None,
         typer.Option("--format", help="Format. Default: by OUTPUT's extension."),
     ] = None,
     session: Annotated[

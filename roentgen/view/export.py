@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from roentgen.atomic_files import atomic_write
 from roentgen.errors import RoentgenError
+from roentgen.runs import Run
 from roentgen.version import __version__
 from roentgen.view.compare import compare_sources
 from roentgen.view.encoding import encoded
@@ -86,6 +87,20 @@ def write_page(path: Path, view: str, answers: Answers) -> None:
     page = page_of(view, answers)
     with atomic_write(path) as temporary:
         temporary.write_bytes(page)
+
+
+def write_run(run: Run, path: Path) -> int:
+    """Write a file of a run; return how many samples the run has.
+
+    Raises:
+        RoentgenError: if the run, or a report of its probes, is damaged, or the bundle is not there.
+        OSError: as the disk answers.
+    """
+    library = Library([str(run.path)])
+    (about,) = library.describe()
+    view = f"#/run/{about['id']}"
+    write_page(path, view, answers_of(library, view))
+    return library.get(about["id"]).table.count()
 
 
 def answers_of(library: Library, view: str) -> Answers:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import probes
+from roentgen.api.run_results import export
 from roentgen.runs import Run, RunConfig, Sample, create_run, recording
 from roentgen.runs.run_comparison import compare
 from roentgen.view.export import answers_of, page_of, url
@@ -124,6 +125,12 @@ def test_a_file_holds_what_the_page_would_ask_and_nothing_gets_out_of_it(run: Ru
     one = answers_of(library, f"#/run/{at}/sample/gsm8k_0003?turn=0&token=2")
     assert one[url("sources", at, "samples", "gsm8k_0003", "values", turn=0, of="logprob")]["values"] == [0.0] * 6
     assert f"api/sources/{at}/samples/gsm8k_0003/token/2?turn=0&of=norm" in one
+
+
+def test_a_run_is_exported_as_a_page(run: Run, tmp_path: Path) -> None:
+    done = export(run, tmp_path / "page.html")
+    assert done.tables[0].rows == 8
+    assert "gsm8k_0003" in (tmp_path / "page.html").read_text()
 
 
 def test_halves_of_surrogate_pairs_and_huge_answers_are_shown(run: Run, ask: Ask) -> None:

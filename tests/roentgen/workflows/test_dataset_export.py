@@ -211,7 +211,7 @@ def test_refusals_name_what_to_do(make_run: MakeRun, tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "public: allowed only with format hf; the format is parquet" in done.output
     done = RUNNER.invoke(app, ["export", run, str(tmp_path / "folder")])
-    assert "'folder' has no known extension; allowed are .parquet and .eval, and format hf" in done.output
+    assert "'folder' has no known extension; allowed are .parquet, .eval, .html, and format hf" in done.output
 
 
 def test_the_command_is_spelled_with_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
