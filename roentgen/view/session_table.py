@@ -32,18 +32,22 @@ CREATE TABLE IF NOT EXISTS samples (place INTEGER, file INTEGER, row INTEGER, sa
     problem VARCHAR, epoch INTEGER, turn INTEGER, shard VARCHAR, row_start BIGINT, row_stop BIGINT, prompt_tokens INTEGER,
     completion_tokens INTEGER, created TIMESTAMPTZ, finish_reason VARCHAR, labels JSON);
 """
-_COPIED = """
-SELECT place, file, row, rollout_id AS sample_id, config_hash, problem_id AS problem, epoch, turn, shard, row_start, row_stop,
-    n_prompt AS prompt_tokens, n_completion AS completion_tokens, created, finish_reason,
-    CAST(labels AS JSON) AS labels FROM batch
-"""
 _RETRIED = """
-DELETE FROM samples WHERE (file, row) IN (SELECT (file, row) FROM (
-    SELECT * FROM samples SEMI JOIN (
-        SELECT hash(coalesce(config_hash, sample_id), problem, epoch, turn) AS key FROM samples GROUP BY key HAVING count(*) > 1
-    ) AS several ON hash(coalesce(config_hash, sample_id), problem, epoch, turn) = key)
-    QUALIFY row_number() OVER (PARTITION BY coalesce(config_hash, sample_id), problem, epoch, turn
-        ORDER BY sample_id DESC, file DESC) > 1)
+SELECT file, row FROM {table} SEMI JOIN (
+    SELECT hash({key}) AS several FROM {table} GROUP BY several HAVING count(*) > 1) ON hash({key}) = several
+QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {name} DESC, file DESC) > 1
+"""
+_NEW_RETRIED = _RETRIED.format(
+    table="batch", name="rollout_id", key="coalesce(config_hash, rollout_id), problem_id, epoch, turn"
+)
+_OLD_RETRIED = _RETRIED.format(
+    table="samples", name="sample_id", key="coalesce(config_hash, sample_id), problem, epoch, turn"
+)
+# What is retried is left out at once: to delete it after costs as much again as to insert all the others.
+_COPIED = f"""
+SELECT place, file, row, rollout_id AS sample_id, config_hash, problem_id AS problem, epoch, turn, shard, row_start, row_stop,
+    n_prompt AS prompt_tokens, n_completion AS completion_tokens, created, finish_reason, CAST(labels AS JSON) AS labels
+FROM batch ANTI JOIN ({_NEW_RETRIED}) USING (file, row)
 """
 _CONTAINING = """
 (file, row) IN (SELECT (id, file_row_number) FROM read_parquet(?, filename = true, file_row_number = true) AS texts
@@ -172,7 +176,8 @@ class SessionTable(Table):
             cursor.register("batch", rows)
             cursor.execute("INSERT INTO added SELECT ?, i, l FROM batch", [name])
             cursor.unregister("batch")
-        cursor.execute(_RETRIED)
+        if latest is not None:
+            cursor.execute(f"DELETE FROM samples WHERE (file, row) IN (SELECT (file, row) FROM ({_OLD_RETRIED}))")
         if labels or (new and cursor.execute("SELECT count(*) FROM added").fetchall() != [(0,)]):
             cursor.execute(_LABELED)
         if not in_order:  # a merge has put old rollouts into a new file
