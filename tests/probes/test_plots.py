@@ -171,7 +171,7 @@ def test_notes_warn_of_what_makes_a_result_weak(report: ProbeReport) -> None:
     assert "rarest class has 4 samples" in notes[0]
     assert "reaches 0.5" in notes[1]
     assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.52, 0.70]")
-    assert "3 samples have no activations" in notes[-1]
+    assert "3 samples were excluded because they have no activations" in notes[-1]
     assert all(f"! {note.split(':')[0]}" in printed(weak) for note in notes)
     # A baseline that may know nothing either is part of what the second note says.
     unknowing = {**weak.baselines, "prompt_length": auroc_of(0.62, 0.5, 0.7)}
