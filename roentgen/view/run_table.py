@@ -17,7 +17,7 @@ import pyarrow as pa
 from jaxtyping import Int
 
 from roentgen.runs import Run, RunError, Sample
-from roentgen.view.table import VERSION, Field, Table
+from roentgen.view.table import Field, Table
 
 _CHUNK = 32 << 20
 _HEAD = 4096
@@ -145,7 +145,7 @@ class RunTable(Table):
             head, size = b"", 0
         begin = int(known.get("read", 0))
         before = bytes.fromhex(known.get("head", ""))
-        same = known.get("version") == str(VERSION) and head.startswith(before) and size >= begin
+        same = "read" in known and head.startswith(before) and size >= begin
         judged = json.dumps([self.run.config.extractor, self.run.config.config_hashes])
         if same and begin == size and known.get("judged") == judged:
             return False
@@ -163,7 +163,7 @@ class RunTable(Table):
             return False
         parameters = {"extractor": self.run.config.extractor, "variants": self.run.config.config_hashes}
         cursor.execute(_RANKED, parameters)
-        state = {"version": str(VERSION), "read": str(end), "head": head[: min(len(head), end)].hex(), "judged": judged}
+        state = {"read": str(end), "head": head[: min(len(head), end)].hex(), "judged": judged}
         cursor.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", list(state.items()))
         cursor.commit()
         return True

@@ -27,7 +27,7 @@ from roentgen.view.errors import ViewError
 from roentgen.view.run_table import RunTable
 from roentgen.view.schemas import Interval, Key, Overview, Probe, Source
 from roentgen.view.session_table import SessionTable
-from roentgen.view.table import Table
+from roentgen.view.table import VERSION, Table
 
 _SHARDS_ASKED = 8
 """Shards of a session that are asked which keys they have."""
@@ -383,4 +383,4 @@ def _keys(widths: dict[str, int]) -> list[Key]:
 
 
 def _table_file(found: Found) -> Path:
-    return cache_folder() / "view" / f"{found.id}.duckdb"
+    return cache_folder() / "view" / f"{found.id}.v{VERSION}.duckdb"

@@ -24,8 +24,8 @@ from jaxtyping import Int
 from roentgen.view.errors import ViewError
 from roentgen.view.schemas import Column, ColumnType, Histogram, Page, Series
 
-VERSION = 1
-"""Of the tables; those of another are made anew."""
+VERSION = 2
+"""Of the tables, and in the names of their files; those of another version are made anew."""
 MEMORY = "192MB"
 """What DuckDB may hold at once; beyond, it uses the disk."""
 MOST_VALUES = 50
