@@ -78,7 +78,7 @@ def test_a_rollout_that_is_damaged_is_left_out_and_named(tmp_path: Path, rollout
             receipt = writer.submit(one).result()
     affected, *_ = sorted((tmp_path / "s/shards").iterdir())
     affected.write_bytes(affected.read_bytes()[:50])
-    with pytest.raises(StoreError, match=rf"1 of 3 rollouts cannot be read .*the first {written[0].rollout_id}: "):
+    with pytest.raises(StoreError, match=rf"1 of 3 rollouts cannot be read .*the first is {written[0].rollout_id}: "):
         export_pt(Session.open(receipt.uri), tmp_path / "out")
     assert {path.name.split("_")[2] for path in (tmp_path / "out").iterdir()} == {one.rollout_id for one in written[1:]}
 

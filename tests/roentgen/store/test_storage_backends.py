@@ -60,7 +60,7 @@ def test_a_writable_store_is_left_as_it_was(store: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("http://host/x", "can be in a folder or at s3://, gs://"),
+        ("http://host/x", "allowed are a folder and addresses that begin with s3://, gs://"),
         ("s3://", "write s3://BUCKET"),
         ("s3://bucket//x", "write s3://BUCKET"),
         ("s3://bucket/../x", "write s3://BUCKET"),
