@@ -103,7 +103,7 @@ def test_it_needs_no_more_than_make_installs_for_it(tmp_path: Path) -> None:
 
 
 def one_to_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = PaddedBatch.indices
+    right = PaddedBatch.flat_indices
 
     def wrong(self: PaddedBatch, row: int, positions: range) -> range:
         indices = right(self, row, positions)

@@ -21,8 +21,8 @@ def test_names_and_prefixes_in_order(tmp_path: Path) -> None:
     [
         ("- calm", "is not a mapping of two or more names"),
         ("calm: a", "is not a mapping of two or more names"),
-        ("calm: a\n../x: b", "'../x' is no name"),
-        ("calm: a\n1: b", "1 is no name"),
+        ("calm: a\n../x: b", "'../x' is not a valid name"),
+        ("calm: a\n1: b", "1 is not a valid name"),
         ("calm: a\nplain:", "plain must be a text"),
         ("calm: [a\n", "cannot be read"),
     ],
