@@ -104,7 +104,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
     ("made", "options", "said"),
     [
         ({"mode": "with-tools", "revision": "served"}, (), "used tools"),
-        ({"revision": "other"}, (), "the probe is of smollm2-135m (other)"),
+        ({"revision": "other"}, (), "the probe belongs to smollm2-135m (other)"),
         ({"revision": "served"}, ("--positions", "last"), "is not known while tokens are generated"),
         ({"revision": "served"}, ("--scales", "1,inf"), "not a comma-separated list of numbers"),
     ],
