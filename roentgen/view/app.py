@@ -137,7 +137,7 @@ def make_app(library: Library, tokens: Callable[[], Collection[str]], *, loopbac
 
     Args:
         library: what is shown.
-        tokens: whoever carries one of these may ask; everybody, if there are none.
+        tokens: tokens that authorize a request; without any, every request is authorized.
         loopback: whether it is reached under a name of this machine only.
     """
     answers = Answers(library)

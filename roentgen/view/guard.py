@@ -27,14 +27,14 @@ _HEADERS = {
 
 
 class Guard:
-    """Refuses whoever does not carry a token, and whatever is no reading."""
+    """Rejects requests without a valid token, for another host, and with methods other than GET and HEAD."""
 
     def __init__(self, app: ASGIApp, tokens: Callable[[], Collection[str]], *, loopback: bool) -> None:
         """Stand before an application.
 
         Args:
             app: the application.
-            tokens: the valid ones; if there are none, everybody may ask.
+            tokens: the valid ones; without any, every request is authorized.
             loopback: whether the server is meant to be reached under a name of this machine only.
         """
         self._app = app

@@ -14,7 +14,7 @@ from roentgen.view.sources import OpenRun, OpenSession, OpenSource, unreadable
 log = logging.getLogger(__name__)
 
 REST = 5
-"""A table is looked after at most every second, and for at most one in so many seconds."""
+"""After a refresh of a table, the next waits this many times as long as it took, and at least a second."""
 
 
 class Library:

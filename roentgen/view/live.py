@@ -19,9 +19,9 @@ from roentgen.view.sources import OpenRun
 
 EVERY_S = 1.0
 BEAT_S = 15.0
-"""A line without meaning is sent after so many silent seconds, so that nothing in between takes the stream for dead."""
+"""Interval in seconds of the keep-alive comments that stop proxies from closing an idle stream."""
 RECENT_S = 60.0
-"""Tokens per second are those of so many seconds."""
+"""Window in seconds over which tokens per second are measured."""
 MONITORED = 200
 """The latest samples that a probe is read on."""
 
